@@ -1,0 +1,192 @@
+"""What can be computed from an adapter alone: ΔW, plain LoRA, smaller rank. Pure functions."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tether.errors import ConfigError
+from tether.value import Adapter, Factors, LayerAdapter
+
+
+def delta(layer: LayerAdapter) -> Tensor:
+    """The change of one site's weight, s·(B·dA + dB·A0).
+
+    Args:
+        layer: factors in any floating dtype; computed in float32 or better.
+
+    Returns:
+        (out, in), float32 (float64 if the factors are).
+    """
+    product = _plain(layer, torch.promote_types(layer.trainable.A.dtype, torch.float32))
+    return layer.scaling * (product.B @ product.A)
+
+
+def to_lora(adapter: Adapter, rank: int | None = None, tolerance: float | None = None) -> Adapter:
+    """The adapter as a plain LoRA: no anchor, the same ΔW on the same base.
+
+    Without `rank` and `tolerance` the factors are concatenated, B' = [B, dB] and A' = [dA; A0],
+    of rank 2r: no large halves that cancel, so they survive rounding to half precision. Sites
+    without an anchor stay as they are.
+
+    Args:
+        adapter: read, never changed.
+        rank: largest rank of any site; the best approximation of that rank is returned.
+        tolerance: largest |ΔW − ΔW'|_F / |ΔW|_F of any site; the smallest rank that meets it.
+
+    Returns:
+        a new adapter, float32 (float64 if the factors are); every anchor is None.
+
+    Raises:
+        ConfigError: rank < 1, tolerance not in (0, 1), or both and they exclude each other.
+    """
+    layers = {}
+    for path, layer in adapter.layers.items():
+        try:
+            layers[path] = compress(layer, rank, tolerance).layer
+        except ConfigError as error:
+            raise ConfigError(f"site {path!r}: {error}") from None
+    return replace(adapter, layers=layers)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Compressed:
+    """A plain layer and what making it cost.
+
+    Attributes:
+        layer: without an anchor.
+        error: |ΔW − ΔW'|_F / |ΔW|_F, measured on the factors returned (0 for ΔW = 0).
+    """
+
+    layer: LayerAdapter
+    error: float
+
+
+@torch.no_grad()
+def compress(
+    layer: LayerAdapter, rank: int | None = None, tolerance: float | None = None
+) -> Compressed:
+    """One site as plain factors, of smaller rank if asked.
+
+    QR of both factors and the SVD of the small (2r, 2r) core give the SVD of ΔW without forming
+    it; cutting that is the best approximation (Eckart-Young).
+
+    Args:
+        layer: anchored or plain.
+        rank: largest rank; None for no limit.
+        tolerance: largest relative Frobenius error; None for exact.
+
+    Returns:
+        Compressed; with neither limit the exact concatenation and its error, which is rounding.
+
+    Raises:
+        ConfigError: rank < 1, tolerance not in (0, 1), or `rank` cannot meet `tolerance`.
+    """
+    if rank is not None and rank < 1:
+        raise ConfigError(f"rank {rank} must be at least 1.")
+    if tolerance is not None and not 0 < tolerance < 1:
+        raise ConfigError(f"tolerance {tolerance} must be between 0 and 1.")
+    dtype = torch.promote_types(layer.trainable.A.dtype, torch.float32)
+    plain = _plain(layer, dtype)
+    if (rank is not None and rank < plain.rank) or tolerance is not None:
+        plain = _truncate(_plain(layer, torch.float64), rank, tolerance).to(dtype)
+    result = replace(layer, trainable=plain, anchor=None)
+    error = relative_error(layer, result)
+    if tolerance is not None and error > tolerance:
+        raise ConfigError(
+            f"rank {plain.rank} leaves a relative error of {error:.3g}, above tolerance "
+            f"{tolerance:.3g}. Raise one of them."
+        )
+    return Compressed(result, error)
+
+
+@torch.no_grad()
+def norm(layer: LayerAdapter) -> float:
+    """|ΔW|_F of one site, from the factors alone, in float64.
+
+    Args:
+        layer: anchored or plain.
+
+    Returns:
+        the Frobenius norm.
+    """
+    plain = _plain(layer, torch.float64)
+    return layer.scaling * _product_norm(plain.B, plain.A)
+
+
+@torch.no_grad()
+def relative_error(layer: LayerAdapter, other: LayerAdapter) -> float:
+    """|ΔW − ΔW'|_F / |ΔW|_F between two forms of one site, in float64.
+
+    Computed from the stacked factors, so that a difference far below the norms is still exact.
+
+    Args:
+        layer: the reference.
+        other: the same shape, any rank.
+
+    Returns:
+        the relative error; 0 if both are zero, inf if only the reference is.
+    """
+    mine, theirs = _plain(layer, torch.float64), _plain(other, torch.float64)
+    b = torch.cat([layer.scaling * mine.B, -other.scaling * theirs.B.to(mine.B.device)], dim=1)
+    a = torch.cat([mine.A, theirs.A.to(mine.A.device)])
+    difference, size = _product_norm(b, a), norm(layer)
+    if size == 0:
+        return 0.0 if difference == 0 else math.inf
+    return difference / size
+
+
+@torch.no_grad()
+def spectrum(layer: LayerAdapter) -> Tensor:
+    """Singular values of ΔW, without forming it.
+
+    Args:
+        layer: anchored or plain.
+
+    Returns:
+        (2r,) or (r,), float64, descending.
+    """
+    plain = _plain(layer, torch.float64)
+    values: Tensor = torch.linalg.svdvals(_core(plain.B, plain.A)[1])
+    return layer.scaling * values
+
+
+def _plain(layer: LayerAdapter, dtype: torch.dtype) -> Factors:
+    """[B, dB]·[dA; A0] in `dtype`: ΔW without s."""
+    moved = layer.trainable.to(dtype)
+    if layer.anchor is None:
+        return moved
+    anchor = layer.anchor.to(dtype)
+    return Factors(
+        A=torch.cat([moved.A, anchor.A]), B=torch.cat([anchor.B + moved.B, moved.B], dim=1)
+    )
+
+
+def _core(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Orthonormal bases and the small matrix between them: b·a = left·core·right."""
+    left, upper = torch.linalg.qr(b)
+    right, lower = torch.linalg.qr(a.T)
+    return left, upper @ lower.T, right.T
+
+
+def _product_norm(b: Tensor, a: Tensor) -> float:
+    return float(torch.linalg.matrix_norm(_core(b, a)[1]))
+
+
+def _truncate(plain: Factors, rank: int | None, tolerance: float | None) -> Factors:
+    """Best approximation, its singular values shared between the factors."""
+    left, core, right = _core(plain.B, plain.A)
+    u, s, vt = torch.linalg.svd(core)
+    keep = _smallest_rank(s, tolerance) if tolerance is not None else len(s)
+    keep = min(keep, rank if rank is not None else keep, len(s))
+    root = s[:keep].sqrt()
+    return Factors(A=root[:, None] * (vt[:keep] @ right), B=(left @ u[:, :keep]) * root)
+
+
+def _smallest_rank(s: Tensor, tolerance: float) -> int:
+    """The smallest k >= 1 whose tail |s[k:]| is within tolerance·|s|."""
+    tails = s.square().flip(0).cumsum(0).flip(0).sqrt()
+    # A margin for rounding to float32: the error is measured again on the rounded factors.
+    allowed = tolerance * tails[0] * (1 - 1e-3)
+    return max(1, int((tails > allowed).sum()))

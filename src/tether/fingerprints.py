@@ -1,0 +1,94 @@
+"""Fingerprints of base tensors: is this the model that the adapter was made on?"""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+from tether.errors import BaseMismatchError
+from tether.value import CHILD, Fingerprint
+
+_CHUNK = 1 << 24  # values hashed at a time: bounds the extra memory
+
+
+@torch.no_grad()
+def fingerprint_tensor(tensor: Tensor) -> Fingerprint:
+    """Digest one tensor's values.
+
+    Args:
+        tensor: floating, any shape, device and strides; read, never written.
+
+    Returns:
+        Fingerprint over the values in row-major order.
+    """
+    exact, rounded = hashlib.sha256(), hashlib.sha256()
+    same = tensor.dtype == torch.bfloat16
+    for chunk in torch.split(tensor.detach().reshape(-1), _CHUNK):
+        exact.update(raw_bytes(chunk))
+        if not same:
+            rounded.update(raw_bytes(chunk.to(torch.bfloat16)))
+    return Fingerprint(
+        shape=tuple(tensor.shape),
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        sha256=exact.hexdigest(),
+        sha256_bfloat16=(exact if same else rounded).hexdigest(),
+    )
+
+
+def fingerprint(model: nn.Module) -> dict[str, Fingerprint]:
+    """Fingerprints of a model's own floating-point parameters, without attached adapters.
+
+    Two models with equal results are the same, bit for bit.
+
+    Args:
+        model: any module; read only.
+
+    Returns:
+        parameter name ("model.layers.0.mlp.up_proj.weight") -> fingerprint.
+    """
+    return {
+        name: fingerprint_tensor(parameter)
+        for name, parameter in model.named_parameters()
+        if f".{CHILD}." not in f".{name}" and parameter.is_floating_point()
+    }
+
+
+def check_fingerprint(path: str, tensor: Tensor, expected: Fingerprint) -> None:
+    """Raise unless `tensor` is what `expected` was taken from.
+
+    Equal bytes pass. So does the same checkpoint loaded in another precision: there the values
+    rounded to bfloat16 must be equal.
+
+    Args:
+        path: site path, for the message.
+        tensor: the base weight here.
+        expected: the fingerprint stored with the adapter.
+
+    Raises:
+        BaseMismatchError: naming the site, both values and what to do.
+    """
+    found = fingerprint_tensor(tensor)
+    if found.shape == expected.shape and (
+        found.sha256 == expected.sha256
+        or (found.dtype != expected.dtype and found.sha256_bfloat16 == expected.sha256_bfloat16)
+    ):
+        return
+    raise BaseMismatchError(
+        f"site {path!r}: the base weight here is {found.dtype} {found.shape} "
+        f"sha256 {found.sha256[:12]}…, the adapter was made on {expected.dtype} "
+        f"{expected.shape} sha256 {expected.sha256[:12]}…. Load the base model that the adapter "
+        "was made on, or pass verify=False if you know that it belongs here."
+    )
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor's values in row-major order.
+
+    Args:
+        tensor: any shape, dtype, device and strides.
+
+    Returns:
+        a view where the tensor lies so on the CPU, else of a copy.
+    """
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]

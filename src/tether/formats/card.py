@@ -1,0 +1,61 @@
+"""The README.md of a PEFT folder: what the adapter is and how to load it."""
+
+import json
+
+from tether.value import Adapter
+
+
+def model_card(adapter: Adapter, dtype: str) -> str:
+    """A model card in the hub's form.
+
+    Args:
+        adapter: plain, as written.
+        dtype: name of the dtype of the tensors.
+
+    Returns:
+        Markdown with a metadata block.
+    """
+    origin = adapter.provenance
+    base = origin.base_model
+    rank = max(layer.rank for layer in adapter.layers.values())
+    facts = {
+        "start": origin.method,
+        "sites": len(adapter.layers),
+        "rank of this file": rank,
+        "dtype": dtype,
+        "learning rate": origin.learning_rate,
+        "steps": origin.steps,
+        "seed": origin.seed,
+    }
+    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if value is not None)
+    metadata = ["library_name: peft", "tags:", "- lora", "- tether"]
+    if base is not None:
+        # JSON strings are YAML strings: a name from elsewhere cannot break out of its line.
+        metadata.insert(0, f"base_model: {_quoted(base)}")
+    name = _quoted(base) if base is not None else '"the base model"'
+    return f"""---
+{chr(10).join(metadata)}
+---
+# LoRA adapter
+
+A plain LoRA for the **unchanged** base model: no residual weights, no second file.
+
+| | |
+|---|---|
+{rows}
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained({name})
+model = PeftModel.from_pretrained(model, "path/of/this/folder")
+```
+
+The scaling is folded into `lora_B` (`lora_alpha` = `r`), and every site has the same rank, so that
+all LoRA runtimes read it alike.
+"""
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)

@@ -1,0 +1,288 @@
+"""The native file: one .safetensors file, exact.
+
+A file MUST have
+1. metadata `format` = "tether" and `version` = "1";
+2. metadata `adapter`: JSON with `config`, `provenance`, `targets` and `layers`, a list of
+   {path, kind, shape, common, scaling, dropout, anchored};
+3. for each layer the tensors `{path}.dA`, `{path}.dB`, `{path}.A0`, `{path}.B0` if anchored, else
+   `{path}.A`, `{path}.B`; all float32 (or float64 for float64 factors), and no other tensor;
+4. metadata `digests`: JSON, tensor name -> sha256 of its bytes;
+5. metadata `digest`: sha256 of version, adapter and digests, each followed by a zero byte.
+A reader refuses a file that breaks any of these, naming it.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tether import fs
+from tether.errors import (
+    ConfigError,
+    DigestError,
+    HeaderError,
+    NotAnAdapterError,
+    ShapeMismatchError,
+)
+from tether.fingerprints import raw_bytes
+from tether.formats import container
+from tether.linalg import check_finite
+from tether.value import Adapter, Factors, Fingerprint, Json, LayerAdapter, Layout, Provenance
+
+FORMAT, VERSION = "tether", "1"
+
+
+def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
+    """Write an adapter.
+
+    Args:
+        adapter: anchored or plain.
+        path: of the file; replaced in one rename.
+
+    Raises:
+        WriteError: it cannot be written; what was there stays.
+        NonFiniteError: a factor holds NaN or Inf.
+    """
+    tensors = {}
+    for site, layer in adapter.layers.items():
+        for name, tensor in _tensors(layer).items():
+            check_finite(tensor, f"site {site!r}: factor {name}")
+            tensors[f"{site}.{name}"] = tensor
+    with fs.atomic_file(path) as temporary:
+        save_file(tensors, temporary, _metadata(adapter, tensors))
+
+
+def load(path: Path) -> Adapter:
+    """Read an adapter and check every byte.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        the adapter that was saved, bit for bit.
+
+    Raises:
+        FormatError: and its kinds.
+        NonFiniteError: a factor holds NaN or Inf.
+    """
+    tensors, metadata = container.read(path)
+    if metadata.get("format") != FORMAT:
+        raise NotAnAdapterError(
+            f"{path}: a safetensors file, but not an adapter of tether's. Give a file that "
+            "tether saved, or the whole folder of a PEFT adapter."
+        )
+    if metadata.get("version") != VERSION:
+        raise HeaderError(
+            f"{path}: format version {metadata.get('version')!r}; this tether reads {VERSION!r}. "
+            "Read it with the tether that wrote it, or a newer one."
+        )
+    _check_digests(path, tensors, metadata)
+    header = container.parse_json(metadata["adapter"], f"{path}: metadata 'adapter'")
+    try:
+        return _decode(header, dict(tensors))
+    except (ConfigError, ShapeMismatchError, TypeError) as error:
+        raise HeaderError(f"{path}: {error}") from error
+
+
+def digest(tensor: Tensor) -> str:
+    """sha256 of a tensor's bytes.
+
+    Args:
+        tensor: any.
+
+    Returns:
+        the hex digest.
+    """
+    return hashlib.sha256(raw_bytes(tensor)).hexdigest()
+
+
+def digest_texts(*texts: str) -> str:
+    """sha256 of texts, each followed by a zero byte.
+
+    Args:
+        *texts: in order.
+
+    Returns:
+        the hex digest.
+    """
+    return hashlib.sha256(b"".join(text.encode() + b"\0" for text in texts)).hexdigest()
+
+
+def provenance_to_dict(provenance: Provenance) -> dict[str, Json]:
+    """Provenance as JSON values.
+
+    Args:
+        provenance: where an adapter came from.
+
+    Returns:
+        field -> value.
+    """
+    values = {f.name: getattr(provenance, f.name) for f in dataclasses.fields(provenance)}
+    prints = provenance.fingerprints
+    values["fingerprints"] = {
+        k: dataclasses.asdict(v) | {"shape": list(v.shape)} for k, v in prints.items()
+    }
+    return values
+
+
+def _tensors(layer: LayerAdapter) -> dict[str, Tensor]:
+    if layer.anchor is None:
+        pairs = {"A": layer.trainable.A, "B": layer.trainable.B}
+    else:
+        pairs = {"dA": layer.trainable.A, "dB": layer.trainable.B}
+        pairs |= {"A0": layer.anchor.A, "B0": layer.anchor.B}
+    wide = torch.promote_types(layer.trainable.A.dtype, torch.float32)
+    return {name: t.detach().to("cpu", wide).contiguous() for name, t in pairs.items()}
+
+
+def _metadata(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    layers: list[Json] = [
+        {
+            "path": path,
+            "kind": layer.layout.kind,
+            "shape": list(layer.layout.shape),
+            "common": layer.layout.common,
+            "scaling": layer.scaling,
+            "dropout": layer.dropout,
+            "anchored": layer.anchor is not None,
+        }
+        for path, layer in adapter.layers.items()
+    ]
+    header = {
+        "config": dict(adapter.config),
+        "provenance": provenance_to_dict(adapter.provenance),
+        "targets": list(adapter.targets),
+        "layers": layers,
+    }
+    text = json.dumps(header, allow_nan=False)
+    digests = json.dumps({name: digest(tensor) for name, tensor in tensors.items()})
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "adapter": text,
+        "digests": digests,
+        "digest": digest_texts(VERSION, text, digests),
+    }
+
+
+def _check_digests(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    for key in ("adapter", "digests", "digest"):
+        if key not in metadata:
+            raise HeaderError(f"{path}: metadata {key!r} is missing. The file is damaged.")
+    found = digest_texts(metadata["version"], metadata["adapter"], metadata["digests"])
+    if found != metadata["digest"]:
+        raise DigestError(
+            f"{path}: the header's sha256 is {found[:12]}…, written was "
+            f"{metadata['digest'][:12]}…: the file is damaged. Copy or download it again."
+        )
+    digests = _typed(container.parse_json(metadata["digests"], f"{path}: digests"), dict, "digests")
+    if set(digests) != set(tensors):
+        odd = sorted(set(digests) ^ set(tensors))[0]
+        raise HeaderError(f"{path}: tensor {odd!r} is in the file or in its digests, not in both.")
+    for name, tensor in tensors.items():
+        found = digest(tensor)
+        if found != digests[name]:
+            raise DigestError(
+                f"{path}: tensor {name!r}: sha256 is {found[:12]}…, written was "
+                f"{str(digests[name])[:12]}…: the file is damaged. Copy or download it again."
+            )
+
+
+def _decode(header: Json, tensors: dict[str, Tensor]) -> Adapter:
+    fields = _typed(header, dict, "adapter")
+    layers = {}
+    for item in _get(fields, "layers", list):
+        entry = _typed(item, dict, "layers")
+        site = _get(entry, "path", str)
+        if site in layers:
+            raise ConfigError(f"site {site!r} is listed twice.")
+        layers[site] = _decode_layer(site, entry, tensors)
+    if tensors:
+        raise ConfigError(f"tensor {sorted(tensors)[0]!r} belongs to no layer.")
+    return Adapter(
+        layers=layers,
+        provenance=_decode_provenance(_get(fields, "provenance", dict)),
+        config=_get(fields, "config", dict),
+        targets=tuple(_typed(t, str, "targets") for t in _get(fields, "targets", list)),
+    )
+
+
+def _decode_layer(site: str, entry: dict[str, Json], tensors: dict[str, Tensor]) -> LayerAdapter:
+    def factors(a: str, b: str) -> Factors:
+        pair = []
+        for name in (f"{site}.{a}", f"{site}.{b}"):
+            if name not in tensors:
+                raise ConfigError(f"tensor {name!r} is missing.")
+            tensor = tensors.pop(name)
+            if tensor.dtype not in (torch.float32, torch.float64):
+                raise ConfigError(f"tensor {name!r} is {tensor.dtype}, not float32.")
+            check_finite(tensor, f"tensor {name!r}")
+            pair.append(tensor.clone())  # not mapped: the file may change
+        return Factors(*pair)
+
+    anchored = _get(entry, "anchored", bool)
+    shape = tuple(_typed(n, int, "shape") for n in _get(entry, "shape", list))
+    layout = Layout(_get(entry, "kind", str), shape, _get(entry, "common", bool))  # type: ignore[arg-type]
+    dropout = _get(entry, "dropout", float)
+    if not 0 <= dropout < 1:
+        raise ConfigError(f"site {site!r}: dropout {dropout} is not in [0, 1).")
+    return LayerAdapter(
+        trainable=factors("dA", "dB") if anchored else factors("A", "B"),
+        anchor=factors("A0", "B0") if anchored else None,
+        scaling=_get(entry, "scaling", float),
+        layout=layout,
+        dropout=dropout,
+    )
+
+
+def _decode_provenance(fields: dict[str, Json]) -> Provenance:
+    known = {f.name for f in dataclasses.fields(Provenance)}
+    if set(fields) != known:
+        raise ConfigError(f"provenance has fields {sorted(fields)}, not {sorted(known)}.")
+    prints = {}
+    for site, item in _get(fields, "fingerprints", dict).items():
+        entry = _typed(item, dict, "fingerprints")
+        prints[site] = Fingerprint(
+            shape=tuple(_typed(n, int, "shape") for n in _get(entry, "shape", list)),
+            dtype=_get(entry, "dtype", str),
+            sha256=_get(entry, "sha256", str),
+            sha256_bfloat16=_get(entry, "sha256_bfloat16", str),
+        )
+    return Provenance(
+        method=_get(fields, "method", str),
+        seed=_optional(fields, "seed", int),
+        tether_version=_optional(fields, "tether_version", str),
+        base_model=_optional(fields, "base_model", str),
+        learning_rate=_optional(fields, "learning_rate", float),
+        steps=_optional(fields, "steps", int),
+        fingerprints=prints,
+    )
+
+
+Expected = TypeVar("Expected")
+
+
+def _typed(value: Any, kind: type[Expected], name: str) -> Expected:
+    """`value` if it is of the JSON type wanted (a whole number is a float too)."""
+    if kind is float and type(value) is int:
+        return float(value)  # type: ignore[return-value]
+    if type(value) is not kind:
+        raise ConfigError(f"field {name!r} must be {kind.__name__}, not {type(value).__name__}.")
+    return value
+
+
+def _get(fields: Mapping[str, Json], name: str, kind: type[Expected]) -> Expected:
+    if name not in fields:
+        raise ConfigError(f"field {name!r} is missing.")
+    return _typed(fields[name], kind, name)
+
+
+def _optional(fields: Mapping[str, Json], name: str, kind: type[Expected]) -> Expected | None:
+    return None if fields.get(name) is None else _get(fields, name, kind)

@@ -1,0 +1,217 @@
+"""Read a plain LoRA that peft wrote: rsLoRA, patterns, half precision, embeddings, convolutions.
+
+What tether cannot represent is refused by name; nothing is dropped.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tether.errors import (
+    ConfigError,
+    HeaderError,
+    NotAnAdapterError,
+    PickleRefusedError,
+    ShapeMismatchError,
+    UnsupportedAdapterError,
+)
+from tether.formats import container
+from tether.formats import peft_names as names
+from tether.formats.pattern import first_match
+from tether.linalg import check_finite
+from tether.value import Adapter, Factors, Json, LayerAdapter, Layout, Provenance
+
+_MAX_CONFIG = 4 * 2**20  # bytes of adapter_config.json
+# Starts whose B·A is zero: the factors in the file act on the base itself.
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "loftq", "mica")
+
+
+def load(folder: Path) -> Adapter:
+    """Read a PEFT folder.
+
+    Args:
+        folder: with adapter_config.json and adapter_model.safetensors. Only read.
+
+    Returns:
+        a plain adapter, float32, on the CPU.
+
+    Raises:
+        NotAnAdapterError: a file is missing, or it is not a LoRA.
+        PickleRefusedError: the weights are a .bin.
+        UnsupportedAdapterError: it holds something that would be lost, by name.
+        HeaderError: a file is malformed.
+    """
+    config = _read_config(folder)
+    _refuse_unsupported(folder, config)
+    weights = folder / names.WEIGHTS
+    if not weights.exists():
+        if (folder / names.PICKLED_WEIGHTS).exists():
+            raise PickleRefusedError(
+                f"{folder / names.PICKLED_WEIGHTS}: is a pickle; reading it can run code, so it is "
+                "refused. Where you trust it, load it with torch.load(…, weights_only=True) and "
+                f"write it with safetensors.torch.save_file as {names.WEIGHTS}."
+            )
+        raise NotAnAdapterError(f"{folder}: there is no {names.WEIGHTS} in it.")
+    tensors, _ = container.read(weights)
+    try:
+        layers = _decode(weights, config, tensors)
+        return Adapter(
+            layers=layers,
+            provenance=Provenance(method="unknown", base_model=_base_model(config)),
+            targets=_targets(config, layers),
+        )
+    except (ConfigError, ShapeMismatchError) as error:
+        raise HeaderError(f"{weights}: {error}") from error
+
+
+def _read_config(folder: Path) -> dict[str, Json]:
+    path = folder / names.CONFIG
+    if not path.exists():
+        raise NotAnAdapterError(
+            f"{folder}: there is no {names.CONFIG} in it. Give the folder of a PEFT adapter, or a "
+            "native adapter file."
+        )
+    if path.stat().st_size > _MAX_CONFIG:
+        raise HeaderError(f"{path}: larger than the limit of {_MAX_CONFIG} bytes.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise HeaderError(f"{path}: not valid UTF-8: {error}.") from error
+    config = container.parse_json(text, str(path), _MAX_CONFIG)
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise NotAnAdapterError(f"{path}: peft_type is {kind!r}; only 'LORA' is read.")
+    return config
+
+
+def _refuse_unsupported(folder: Path, config: dict[str, Json]) -> None:
+    init = config.get("init_lora_weights", True)
+    if init not in _PLAIN_INITS:
+        raise UnsupportedAdapterError(
+            f"{folder}: init_lora_weights is {init!r}: these factors belong to a residual model, "
+            "not to the base, and without the initial factors their change cannot be told. Save "
+            "the adapter as plain LoRA where it was trained "
+            "(peft: save_pretrained(…, path_initial_model_for_weight_conversion=…))."
+        )
+    for field in (
+        "use_dora",
+        "modules_to_save",
+        "lora_bias",
+        "layer_replication",
+        "trainable_token_indices",
+        "alora_invocation_tokens",
+        "target_parameters",
+        "megatron_config",
+        "use_qalora",
+        "arrow_config",
+    ):
+        if config.get(field):
+            raise UnsupportedAdapterError(
+                f"{folder}: it was trained with {field}={config[field]!r}, which a plain LoRA "
+                "cannot hold; reading it without would change the model."
+            )
+    if config.get("bias", "none") != "none":
+        raise UnsupportedAdapterError(
+            f"{folder}: it was trained with bias={config['bias']!r}; reading it without the "
+            "trained biases would change the model."
+        )
+
+
+def _decode(
+    where: Path, config: dict[str, Json], tensors: Mapping[str, Tensor]
+) -> dict[str, LayerAdapter]:
+    pairs: dict[str, dict[str, Tensor]] = {}
+    embeddings = set()
+    for key, tensor in tensors.items():
+        site, side, embedding = _parse_key(where, key)
+        if not tensor.is_floating_point():
+            raise ConfigError(f"tensor {key!r} is {tensor.dtype}, not floating point.")
+        check_finite(tensor, f"{where}: tensor {key!r}")
+        pairs.setdefault(site, {})[side] = tensor.to(torch.float32, copy=True)
+        if embedding:
+            embeddings.add(site)
+    layers = {}
+    for site, pair in pairs.items():
+        if set(pair) != {"A", "B"}:
+            missing = "lora_B" if "A" in pair else "lora_A"
+            raise ConfigError(f"site {site!r} has no {missing}.")
+        transposed = bool(config.get("fan_in_fan_out"))
+        factors, layout = _view(pair["A"], pair["B"], site in embeddings, transposed)
+        layers[site] = LayerAdapter(
+            trainable=factors,
+            anchor=None,
+            scaling=_scaling(config, site, factors.rank),
+            layout=layout,
+            dropout=_number(config, "lora_dropout", 0.0),
+        )
+    return layers
+
+
+def _parse_key(where: Path, key: str) -> tuple[str, str, bool]:
+    """Split a key into site, side and whether it is an embedding's."""
+    endings = {
+        names.A: ("A", False),
+        names.B: ("B", False),
+        names.EMBEDDING_A: ("A", True),
+        names.EMBEDDING_B: ("B", True),
+    }
+    for ending, (side, embedding) in endings.items():
+        if key.startswith(names.PREFIX) and key.endswith(ending):
+            return key[len(names.PREFIX) : -len(ending)], side, embedding
+    raise UnsupportedAdapterError(
+        f"{where}: tensor {key!r} is not part of a plain LoRA, and would be lost."
+    )
+
+
+def _view(a: Tensor, b: Tensor, embedding: bool, transposed: bool) -> tuple[Factors, Layout]:
+    if a.dim() > 2 and a.dim() == b.dim():
+        layout = Layout("conv", (b.shape[0], *a.shape[1:]))
+        return Factors(a.flatten(1), b.flatten(1)), layout
+    factors = Factors(a, b)
+    out_features, in_features = factors.shape
+    if embedding:
+        return factors, Layout("embedding", (in_features, out_features))
+    if transposed:
+        return factors, Layout("transposed", (in_features, out_features))
+    return factors, Layout("linear", (out_features, in_features))
+
+
+def _scaling(config: dict[str, Json], site: str, rank: int) -> float:
+    patterns = config.get("alpha_pattern") or {}
+    if not isinstance(patterns, dict):
+        raise ConfigError("alpha_pattern is not a table.")
+    alpha = first_match(patterns, site)
+    alpha = _number(config, "lora_alpha", 8.0) if alpha is None else alpha
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not alpha > 0:
+        raise ConfigError(f"site {site!r}: alpha {alpha!r} is not a positive number.")
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
+
+
+def _targets(config: dict[str, Json], layers: Mapping[str, LayerAdapter]) -> tuple[str, ...]:
+    """The file's own module names where they are plain names that reach every site."""
+    targets = config.get("target_modules")
+    plain = isinstance(targets, list) and not any(
+        config.get(field) for field in ("layers_to_transform", "exclude_modules")
+    )
+    if plain and isinstance(targets, list):
+        chosen = tuple(str(t) for t in targets)
+        ok = all(re.fullmatch(r"[\w.-]{1,512}", t) for t in chosen)
+        if ok and all(any(s == t or s.endswith("." + t) for t in chosen) for s in layers):
+            return tuple(sorted(chosen))
+    return tuple(layers)
+
+
+def _base_model(config: dict[str, Json]) -> str | None:
+    name = config.get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
+def _number(config: dict[str, Json], field: str, default: float) -> float:
+    value = config.get(field, default)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise ConfigError(f"{field} is {value!r}, not a number.")
+    return float(value)

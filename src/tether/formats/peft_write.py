@@ -1,0 +1,139 @@
+"""Write a plain LoRA as the PEFT folder that every reader understands alike.
+
+Canonical form: the scaling folded into B and `lora_alpha` = `r`, an integer; one rank for all
+sites (zero rows added); no patterns; no rsLoRA; only lora_A/lora_B and lora_embedding_A/B.
+"""
+
+import json
+import math
+import os
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import pad
+
+from tether import fs
+from tether.errors import ConfigError, UnsupportedAdapterError
+from tether.formats import peft_names as names
+from tether.formats.card import model_card
+from tether.linalg import check_finite
+from tether.value import Adapter, Factors, Json, LayerAdapter
+
+DTYPES = {t: str(t).removeprefix("torch.") for t in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def save(
+    adapter: Adapter, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+) -> None:
+    """Write the folder: built aside, renamed once.
+
+    Args:
+        adapter: plain: no site has an anchor (see `tether.to_lora`).
+        path: of the folder; an older adapter there is replaced, other files are refused.
+        dtype: float32, bfloat16 or float16.
+
+    Raises:
+        ConfigError: another dtype, or an anchored adapter.
+        UnsupportedAdapterError: a site that PEFT cannot express, by name.
+        NonFiniteError: a value does not fit `dtype`.
+        WriteError: it cannot be written; what was there stays.
+    """
+    tensors: dict[str, Tensor] = {}
+    for site, layer in canonical(adapter, dtype).items():
+        tensors |= _tensors(site, layer)
+    config = json.dumps(_config(adapter), indent=2)
+    with fs.atomic_directory(path, names.FILES) as folder:
+        save_file(tensors, folder / names.WEIGHTS, {"format": "pt"})
+        (folder / names.CONFIG).write_text(config + "\n", encoding="utf-8")
+        (folder / names.CARD).write_text(model_card(adapter, DTYPES[dtype]), encoding="utf-8")
+
+
+def canonical(adapter: Adapter, dtype: torch.dtype = torch.float32) -> dict[str, LayerAdapter]:
+    """The layers as they are written: scaling 1, one rank, in the written dtype.
+
+    Args:
+        adapter: plain.
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        site path -> layer whose factors are the numbers in the file.
+
+    Raises:
+        ConfigError: another dtype, or an anchored adapter.
+        UnsupportedAdapterError: a site that PEFT cannot express.
+        NonFiniteError: a value does not fit `dtype`.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype} is none of {', '.join(DTYPES.values())}.")
+    rank = max(layer.rank for layer in adapter.layers.values())
+    result = {}
+    for site, layer in adapter.layers.items():
+        if layer.anchor is not None:
+            raise ConfigError(f"site {site!r} has an anchor; make it plain with tether.to_lora.")
+        if not layer.layout.common:
+            raise UnsupportedAdapterError(
+                f"site {site!r}: PEFT's LoRA ignores the dilation or padding mode of this "
+                "convolution, so its output would differ. Save the native file instead."
+            )
+        factors = _padded(_balanced(layer), rank).to(dtype)
+        for name, factor in (("A", factors.A), ("B", factors.B)):
+            check_finite(factor, f"site {site!r}: factor {name} in {DTYPES[dtype]}")
+        result[site] = LayerAdapter(factors, None, 1.0, layer.layout, layer.dropout)
+    return result
+
+
+def _balanced(layer: LayerAdapter) -> Factors:
+    """Fold the scaling into B, then even out each pair's size by a power of two.
+
+    Small displacements would fall into float16's subnormal numbers; powers of two are exact.
+    """
+    a, b = layer.trainable.A.float(), layer.scaling * layer.trainable.B.float()
+    size_a, size_b = a.abs().amax(dim=1), b.abs().amax(dim=0)
+    live = (size_a > 0) & (size_b > 0)
+    exponent = torch.where(live, (size_b.log2() - size_a.log2()) / 2, torch.zeros(()))
+    shift = exponent.round().clamp(-60, 60)
+    return Factors(torch.ldexp(a, shift[:, None]), torch.ldexp(b, -shift))
+
+
+def _padded(factors: Factors, rank: int) -> Factors:
+    more = rank - factors.rank
+    return Factors(pad(factors.A, (0, 0, 0, more)), pad(factors.B, (0, more)))
+
+
+def _tensors(site: str, layer: LayerAdapter) -> dict[str, Tensor]:
+    a, b = layer.trainable.A, layer.trainable.B
+    stem = names.PREFIX + site
+    if layer.layout.kind == "embedding":
+        return {stem + names.EMBEDDING_A: a, stem + names.EMBEDDING_B: b}
+    if layer.layout.kind == "conv":
+        _, channels, *kernel = layer.layout.shape
+        a, b = a.reshape(-1, channels, *kernel), b.reshape(*b.shape, *(1 for _ in kernel))
+    return {stem + names.A: a, stem + names.B: b}
+
+
+def _config(adapter: Adapter) -> dict[str, Json]:
+    kinds = {layer.layout.kind for layer in adapter.layers.values()}
+    rank = max(layer.rank for layer in adapter.layers.values())
+    dropout = max(layer.dropout for layer in adapter.layers.values())
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": adapter.provenance.base_model,
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": list(adapter.targets),
+        "lora_dropout": 0.0 if math.isnan(dropout) else dropout,
+        "bias": "none",
+        "fan_in_fan_out": "transposed" in kinds,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "inference_mode": True,
+        "revision": None,
+    }

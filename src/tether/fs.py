@@ -1,0 +1,202 @@
+"""The only file that writes. A write is whole or did not happen; until then the old stays."""
+
+import ctypes
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tether.errors import WriteError
+
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Write a file aside and rename it into place.
+
+    Args:
+        path: of the file; its folder is made if missing.
+
+    Yields:
+        a temporary path in the same folder, to be written within the block.
+
+    Raises:
+        WriteError: the disk is full, or the folder cannot be written; `path` is as it was.
+    """
+    target = Path(path)
+    with _named_errors(target):
+        if target.is_dir():
+            raise WriteError(f"{target}: is a folder; give the name of a file.")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            temporary.chmod(_default_mode(0o666))
+            _sync(temporary)
+            temporary.replace(target)
+            _sync(target.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_directory(path: str | os.PathLike[str], files: Collection[str]) -> Iterator[Path]:
+    """Build a folder aside and rename it into place, replacing an older one of the same kind.
+
+    Args:
+        path: of the folder.
+        files: names that the folder may hold. An existing folder that holds anything else is not
+            ours to replace.
+
+    Yields:
+        a temporary folder beside it, to be filled within the block.
+
+    Raises:
+        WriteError: the disk is full, the place cannot be written, or `path` holds other files;
+            `path` is as it was.
+    """
+    target = Path(path)
+    with _named_errors(target):
+        _check_replaceable(target, files)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+        try:
+            yield temporary
+            for file in temporary.iterdir():
+                file.chmod(_default_mode(0o666))
+                _sync(file)
+            temporary.chmod(_default_mode(0o777))
+            _sync(temporary)
+            _swap(temporary, target)
+            _sync(target.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write a small file in one rename.
+
+    Args:
+        path: of the file.
+        text: its content, written as UTF-8.
+    """
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def append_line(path: str | os.PathLike[str], line: str) -> None:
+    """Add a line to a log.
+
+    Args:
+        path: of the log; made if missing.
+        line: without its end.
+
+    Raises:
+        WriteError: the log cannot be written.
+    """
+    with _named_errors(Path(path)), open(path, "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def make_directory(path: str | os.PathLike[str]) -> None:
+    """Make a folder and its parents.
+
+    Args:
+        path: of the folder.
+
+    Raises:
+        WriteError: it cannot be made.
+    """
+    with _named_errors(Path(path)):
+        Path(path).mkdir(parents=True, exist_ok=True)
+
+
+def _check_replaceable(target: Path, files: Collection[str]) -> None:
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise WriteError(f"{target}: is a file; give the name of a folder.")
+    others = sorted(item.name for item in target.iterdir() if item.name not in files)
+    if others:
+        raise WriteError(
+            f"{target}: holds {others[0]!r}"
+            + (f" and {len(others) - 1} more files" if len(others) > 1 else "")
+            + " that are not part of an adapter; replacing the folder would lose them. "
+            "Choose another folder."
+        )
+
+
+def _swap(new: Path, target: Path) -> None:
+    """Put `new` in the place of `target`; whatever was there ends up under the name `new`."""
+    if not target.exists():
+        new.rename(target)
+    elif not _exchange(new, target):
+        # No atomic exchange on this system. Between the two renames the target is missing, but
+        # both folders are whole.
+        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
+        target.replace(old)
+        try:
+            new.rename(target)
+        except OSError:
+            old.replace(target)
+            raise
+        old.rename(new)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step (Linux); False where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError, TypeError):
+        return False
+    first, second = os.fsencode(one), os.fsencode(other)
+    return bool(rename(_AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE) == 0)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or a folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        # Some systems cannot sync a folder; the rename itself is still atomic there.
+        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.EBADF)):
+            raise
+    finally:
+        os.close(handle)
+
+
+def _default_mode(mode: int) -> int:
+    """The permissions a file made in the ordinary way would have: mkstemp makes private ones."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mode & ~mask
+
+
+@contextmanager
+def _named_errors(target: Path) -> Iterator[None]:
+    """Turn the operating system's errors into one that names the file and what to do."""
+    try:
+        yield
+    except OSError as error:
+        advice = {
+            errno.ENOSPC: "Free some space, or write elsewhere.",
+            errno.EDQUOT: "Free some of your quota, or write elsewhere.",
+            errno.EFBIG: "Files of this size are not allowed here; write elsewhere.",
+        }.get(error.errno or 0, "Check the path and its permissions.")
+        reason = error.strerror or str(error)
+        raise WriteError(f"{target}: cannot be written: {reason}. {advice}") from error
+    except Exception as error:
+        # safetensors reports the operating system's errors as its own.
+        if type(error).__name__ == "SafetensorError":
+            raise WriteError(
+                f"{target}: cannot be written: {error}. Free some space, or write elsewhere."
+            ) from error
+        raise

@@ -1,0 +1,199 @@
+"""Handles: an adapter on a live model, until it is detached."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from tether import formats, freeze
+from tether.errors import DetachedError, HookNotFiredError
+from tether.layers import SiteLayer, carriers, layers_of, take_off
+from tether.start import original
+from tether.switch import quiet, set_active
+from tether.value import Adapter
+
+
+class Handle:
+    """An adapter that is attached to a model. Made by `attach` and `handles`."""
+
+    def __init__(self, model: nn.Module, name: str, layers: Mapping[str, SiteLayer]) -> None:
+        """Point at an attached adapter; use `attach` or `handles` instead.
+
+        Args:
+            model: the model.
+            name: of the adapter.
+            layers: site path -> layer.
+        """
+        self.model, self.name = model, name
+        self._layers = dict(layers)
+        self.record = next(iter(self._layers.values())).record
+
+    def __repr__(self) -> str:
+        """Name, state and size."""
+        state = "attached" if self.attached else "detached"
+        return f"<Handle {self.name!r}: {len(self._layers)} sites, {state}>"
+
+    @property
+    def attached(self) -> bool:
+        """Whether the adapter is still on the model."""
+        path, layer = next(iter(self._layers.items()))
+        return layers_of(self.model).get(self.name, {}).get(path) is layer
+
+    @property
+    def active(self) -> bool:
+        """Whether the adapter takes part in the forward pass."""
+        return self.record.active
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Paths of the sites, in the model's order."""
+        return tuple(self._layers)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The trained factors, by site: dA and dB, or A and B without an anchor.
+
+        Yields:
+            ("model.layers.0.mlp.up_proj.dA", parameter) and so on, in a fixed order.
+
+        Raises:
+            DetachedError: the adapter was detached.
+        """
+        self._check_attached()
+        for path, layer in self._layers.items():
+            for name in layer.names:
+                yield f"{path}.{name}", getattr(layer, name)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The trained factors, for an optimizer.
+
+        Yields:
+            parameters in the order of `named_parameters`.
+
+        Raises:
+            DetachedError: the adapter was detached.
+        """
+        for _, parameter in self.named_parameters():
+            yield parameter
+
+    def snapshot(self) -> Adapter:
+        """The adapter now, as a value. Changes nothing in the model.
+
+        Returns:
+            copies on the CPU, float32 (float64 if attached so).
+
+        Raises:
+            DetachedError: the adapter was detached.
+        """
+        self._check_attached()
+        return Adapter(
+            layers={path: layer.value() for path, layer in self._layers.items()},
+            provenance=self.record.provenance,
+            config=self.record.config,
+            targets=self.record.targets,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the adapter now to a native file. Changes nothing in the model.
+
+        Args:
+            path: of the file; replaced in one rename.
+
+        Raises:
+            WriteError: it cannot be written; what was there stays.
+            DetachedError: the adapter was detached.
+        """
+        formats.save(self.snapshot(), path)
+
+    def annotate(self, **changes: str | int | float | None) -> None:
+        """Set fields of the provenance, such as the learning rate.
+
+        Args:
+            **changes: fields of `Provenance`.
+        """
+        self.record.provenance = replace(self.record.provenance, **changes)  # type: ignore[arg-type]
+
+    def detach(self) -> Adapter:
+        """Take the adapter off the model, which is then as it was before `attach`.
+
+        Returns:
+            the adapter as it was at this moment; nothing is lost.
+
+        Raises:
+            DetachedError: it was detached before.
+        """
+        adapter = self.snapshot()
+        model = original(self.model)
+        for module in carriers(model, self.name):
+            take_off(module, self.name)
+        freeze.release(model, self.record)
+        freeze.reset_compiler()
+        return adapter
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Leave this adapter out of the forward pass within the block.
+
+        Yields:
+            nothing; the model's output is what it would be without this adapter.
+        """
+        self._check_attached()
+        with set_active({self.record: False}):
+            yield
+
+    def verify(self, *args: Any, **batch: Any) -> None:
+        """Run one batch and check that every site's adapter took part. Changes nothing.
+
+        Args:
+            *args: positional inputs of the model.
+            **batch: named inputs of the model.
+
+        Raises:
+            HookNotFiredError: naming the first site whose forward was never called.
+            DetachedError: the adapter was detached.
+        """
+        self._check_attached()
+        fired: set[str] = set()
+        with ExitStack() as stack:
+            stack.enter_context(quiet(original(self.model)))
+            stack.enter_context(set_active({self.record: True}))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            for path, layer in self._layers.items():
+                hook = layer.register_forward_hook(_adder(fired, path))
+                stack.callback(hook.remove)
+            original(self.model)(*args, **batch)
+        missed = [path for path in self._layers if path not in fired]
+        if missed:
+            raise HookNotFiredError(
+                f"site {missed[0]!r}: its forward was never called in this batch"
+                + (f", nor were {len(missed) - 1} others" if len(missed) > 1 else "")
+                + ", so the adapter has no effect there. Exclude it with exclude_modules, or give "
+                "a batch that reaches it."
+            )
+
+    def _check_attached(self) -> None:
+        if not self.attached:
+            raise DetachedError(
+                f"adapter {self.name!r} is no longer on the model. Use the value that detach() "
+                "returned, or attach it again."
+            )
+
+
+def handles(model: nn.Module) -> dict[str, Handle]:
+    """The adapters on a model, also on a copy or a wrapper of the model they were attached to.
+
+    Args:
+        model: any module.
+
+    Returns:
+        name -> handle, in the order of attaching.
+    """
+    found = layers_of(model)
+    return {name: Handle(model, name, layers) for name, layers in found.items()}
+
+
+def _adder(fired: set[str], path: str) -> Callable[..., None]:
+    return lambda *_: fired.add(path)

@@ -1,0 +1,37 @@
+"""OLoRA: anchor in the leading columns of the weight's QR factorisation.
+
+Source: Büyükakyüz 2024, arXiv:2406.01775, algorithm 1.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from tether import linalg
+from tether.methods.base import Context, register
+from tether.value import Factors
+
+
+@register("olora")
+@dataclass(frozen=True, slots=True)
+class OLoRA:
+    """B orthonormal columns Q_r, A the rows R_r, where W = Q·R."""
+
+    name: ClassVar[str]
+    lifts: ClassVar[bool] = True
+
+    def start(self, weight: Tensor, rank: int, context: Context) -> Factors:  # noqa: ARG002
+        """Factor one weight.
+
+        Args:
+            weight: (out, in), float32, finite.
+            rank: 1 <= rank <= min(out, in).
+            context: not used; as in the paper, the scaling does not enter, so the part of W that
+                is lifted is scaling·Q_r·R_r.
+
+        Returns:
+            A (rank, in) = R_r, B (out, rank) = Q_r, float32; BᵀB = 1.
+        """
+        q, r = linalg.leading_qr(weight, rank)
+        return Factors(A=r, B=q)

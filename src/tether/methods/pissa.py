@@ -1,0 +1,43 @@
+"""PiSSA: anchor in the principal singular triplets of the weight.
+
+Source: Meng, Wang, Zhang 2024, arXiv:2404.02948, eqs. 2-4.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from tether import linalg
+from tether.methods.base import Context, register
+from tether.value import Factors
+
+
+@register("pissa")
+@dataclass(frozen=True, slots=True)
+class PiSSA:
+    """Start from the `rank` largest singular triplets.
+
+    Attributes:
+        tolerance: largest backward error of the decomposition, relative to B0·A0 (Frobenius).
+    """
+
+    tolerance: float = 1e-5
+    name: ClassVar[str]
+    lifts: ClassVar[bool] = True
+
+    def start(self, weight: Tensor, rank: int, context: Context) -> Factors:
+        """Factor one weight.
+
+        Args:
+            weight: (out, in), float32, finite.
+            rank: 1 <= rank <= min(out, in).
+            context: the scaling is used.
+
+        Returns:
+            A (rank, in), B (out, rank), float32; |W - scaling·B·A|_2 = sigma_{rank+1}. Directions
+            whose singular value is zero start at zero in both factors and are never trained.
+        """
+        svd = linalg.top_svd(weight, rank, self.tolerance)
+        root = (svd.s / context.scaling).sqrt()
+        return Factors(A=root[:, None] * svd.vt, B=svd.u * root)

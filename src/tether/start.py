@@ -1,0 +1,104 @@
+"""init: a model and a configuration -> an adapter. Reads the base, changes nothing."""
+
+import hashlib
+from importlib.metadata import version
+
+import torch
+from torch import nn
+
+from tether import linalg, sites
+from tether.config import LoraConfig, Plan, plan
+from tether.errors import TetherError
+from tether.fingerprints import fingerprint_tensor
+from tether.methods import Context, Method
+from tether.value import Adapter, Factors, Fingerprint, LayerAdapter, Provenance
+
+
+@torch.no_grad()
+def init(model: nn.Module, config: LoraConfig | None = None) -> Adapter:
+    """Choose the start of an adapter. Pure: the model is read, never changed.
+
+    Args:
+        model: any module whose selected weights are floating point.
+        config: what to adapt and how; None for PiSSA of rank 16 on all linear layers.
+
+    Returns:
+        the adapter at its start, ΔW = 0: displacement zero on an anchor, or B·A = 0. Factors are
+        float32 on the CPU. Same seed, same bits.
+
+    Raises:
+        ConfigError: the configuration does not fit the model.
+        WeightError: a selected weight is NaN, Inf, without values, or sharded.
+    """
+    config = config or LoraConfig()
+    model = original(model)
+    method = config.method
+    layers: dict[str, LayerAdapter] = {}
+    prints: dict[str, Fingerprint] = {}
+    for item in plan(model, config):
+        layers[item.site.path], prints[item.site.path] = _start_site(model, item, config, method)
+    return Adapter(
+        layers=layers,
+        provenance=Provenance(
+            method=method.name,
+            seed=config.seed,
+            tether_version=version("tether"),
+            base_model=base_name(model),
+            fingerprints=prints,
+        ),
+        config=config.to_dict(),
+        targets=sites.short_targets(model, list(layers)),
+    )
+
+
+def original(model: nn.Module) -> nn.Module:
+    """The module inside a `torch.compile` wrapper, or the module itself.
+
+    Args:
+        model: wrapped or not.
+
+    Returns:
+        the module whose paths are the user's own.
+    """
+    inner = model._modules.get("_orig_mod")
+    return inner if inner is not None else model
+
+
+def base_name(model: nn.Module) -> str | None:
+    """The name or path a transformers model was loaded from.
+
+    Args:
+        model: any module.
+
+    Returns:
+        the name, or None if the model does not know.
+    """
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return name if isinstance(name, str) and name else None
+
+
+def _start_site(
+    model: nn.Module, item: Plan, config: LoraConfig, method: Method
+) -> tuple[LayerAdapter, Fingerprint]:
+    path, layout = item.site.path, item.site.layout
+    weight = sites.base_weight(path, model.get_submodule(path)).detach()
+    linalg.check_finite(weight, f"site {path!r}: weight {tuple(weight.shape)}")
+    generator = torch.Generator().manual_seed(_seed(config.seed, path))
+    matrix = layout.matrix(weight).float()
+    try:
+        factors = method.start(matrix, item.rank, Context(path, item.scaling, generator))
+    except TetherError as error:
+        raise type(error)(f"site {path!r}: {error}") from error
+    factors = Factors(factors.A.cpu().contiguous(), factors.B.cpu().contiguous())
+    for name, factor in (("A", factors.A), ("B", factors.B)):
+        linalg.check_finite(factor, f"site {path!r}: factor {name} of method {method.name!r}")
+    anchor = factors if method.lifts else None
+    trainable = factors.zeros_like() if method.lifts else factors
+    layer = LayerAdapter(trainable, anchor, item.scaling, layout, float(config.dropout))
+    return layer, fingerprint_tensor(weight)
+
+
+def _seed(seed: int, path: str) -> int:
+    """A seed for one site that does not depend on the other sites."""
+    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
