@@ -116,6 +116,22 @@ def norm(layer: LayerAdapter) -> float:
 
 
 @torch.no_grad()
+def anchor_norm(layer: LayerAdapter) -> float:
+    """|s·B0·A0|_F: how much of the weight the anchor took up.
+
+    Args:
+        layer: anchored or plain.
+
+    Returns:
+        the Frobenius norm; 0 without an anchor.
+    """
+    if layer.anchor is None:
+        return 0.0
+    anchor = layer.anchor.to(torch.float64)
+    return layer.scaling * _product_norm(anchor.B, anchor.A)
+
+
+@torch.no_grad()
 def relative_error(layer: LayerAdapter, other: LayerAdapter) -> float:
     """|ΔW − ΔW'|_F / |ΔW|_F between two forms of one site, in float64.
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from tether import algebra
 from tether.errors import ConfigError
 from tether.formats import peft_write
 from tether.handle import Handle
-from tether.value import Adapter
+from tether.value import Adapter, Json, Progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +52,20 @@ class ConversionReport:
         lost = sum((site.norm * site.error) ** 2 for site in self.sites.values())
         return float((lost / total) ** 0.5) if total > 0 else 0.0
 
+    def to_dict(self) -> dict[str, Json]:
+        """The report as JSON values.
+
+        Returns:
+            path, dtype, rank, error, and for each site rank, norm and error.
+        """
+        return {
+            "path": str(self.path),
+            "dtype": self.dtype,
+            "rank": self.rank,
+            "error": self.error,
+            "sites": {path: asdict(site) for path, site in self.sites.items()},
+        }
+
 
 def save_as_lora(
     source: Handle | Adapter,
@@ -61,6 +75,7 @@ def save_as_lora(
     tolerance: float | None = None,
     dtype: torch.dtype | None = None,
     after: str = "keep",
+    progress: Progress | None = None,
 ) -> ConversionReport:
     """Write a plain LoRA for the unchanged base, as a PEFT folder.
 
@@ -75,6 +90,7 @@ def save_as_lora(
         tolerance: largest relative error of any site's ΔW from reducing its rank.
         dtype: of the file: float32 (None), bfloat16 or float16.
         after: what becomes of the live adapter: "keep" leaves it as it is.
+        progress: called with (sites measured, sites in all).
 
     Returns:
         the measured report.
@@ -91,18 +107,12 @@ def save_as_lora(
     dtype = torch.float32 if dtype is None else dtype
     plain = algebra.to_lora(adapter, rank, tolerance)
     written = peft_write.canonical(plain, dtype)
-    report = ConversionReport(
-        path=Path(path),
-        dtype=peft_write.DTYPES[dtype],
-        rank=max(layer.rank for layer in plain.layers.values()),
-        sites={
-            site: SiteReport(
-                rank=plain.layers[site].rank,
-                norm=algebra.norm(layer),
-                error=algebra.relative_error(layer, written[site]),
-            )
-            for site, layer in adapter.layers.items()
-        },
-    )
+    reports = {}
+    for done, (site, layer) in enumerate(adapter.layers.items(), start=1):
+        error = algebra.relative_error(layer, written[site])
+        reports[site] = SiteReport(plain.layers[site].rank, algebra.norm(layer), error)
+        if progress is not None:
+            progress(done, len(adapter.layers))
     peft_write.save(plain, path, dtype)
-    return report
+    largest = max(report.rank for report in reports.values())
+    return ConversionReport(Path(path), peft_write.DTYPES[dtype], largest, reports)

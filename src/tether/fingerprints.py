@@ -32,6 +32,7 @@ def fingerprint_tensor(tensor: Tensor) -> Fingerprint:
         dtype=str(tensor.dtype).removeprefix("torch."),
         sha256=exact.hexdigest(),
         sha256_bfloat16=(exact if same else rounded).hexdigest(),
+        norm=float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)),
     )
 
 

@@ -11,16 +11,19 @@ from tether.config import LoraConfig, Plan, plan
 from tether.errors import TetherError
 from tether.fingerprints import fingerprint_tensor
 from tether.methods import Context, Method
-from tether.value import Adapter, Factors, Fingerprint, LayerAdapter, Provenance
+from tether.value import Adapter, Factors, Fingerprint, LayerAdapter, Progress, Provenance
 
 
 @torch.no_grad()
-def init(model: nn.Module, config: LoraConfig | None = None) -> Adapter:
+def init(
+    model: nn.Module, config: LoraConfig | None = None, *, progress: Progress | None = None
+) -> Adapter:
     """Choose the start of an adapter. Pure: the model is read, never changed.
 
     Args:
         model: any module whose selected weights are floating point.
         config: what to adapt and how; None for PiSSA of rank 16 on all linear layers.
+        progress: called with (sites done, sites in all) after each site.
 
     Returns:
         the adapter at its start, ΔW = 0: displacement zero on an anchor, or B·A = 0. Factors are
@@ -35,8 +38,11 @@ def init(model: nn.Module, config: LoraConfig | None = None) -> Adapter:
     method = config.method
     layers: dict[str, LayerAdapter] = {}
     prints: dict[str, Fingerprint] = {}
-    for item in plan(model, config):
+    plans = plan(model, config)
+    for done, item in enumerate(plans, start=1):
         layers[item.site.path], prints[item.site.path] = _start_site(model, item, config, method)
+        if progress is not None:
+            progress(done, len(plans))
     return Adapter(
         layers=layers,
         provenance=Provenance(

@@ -9,7 +9,7 @@ so a displacement of zero is exactly the base model.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Literal, get_args
@@ -21,6 +21,7 @@ from tether.errors import ConfigError, ShapeMismatchError
 
 Kind = Literal["linear", "transposed", "embedding", "conv"]
 CHILD = "tether"  # the name under which a base module carries its adapters
+Progress = Callable[[int, int], None]  # (done, in all)
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 
@@ -194,12 +195,14 @@ class Fingerprint:
         sha256: hex digest of its bytes.
         sha256_bfloat16: hex digest of its values rounded to bfloat16, by which the same
             checkpoint loaded in another precision is recognised.
+        norm: its Frobenius norm, against which |ΔW| is read.
     """
 
     shape: tuple[int, ...]
     dtype: str
     sha256: str
     sha256_bfloat16: str
+    norm: float
 
 
 @dataclass(frozen=True, slots=True)

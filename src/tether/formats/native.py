@@ -254,6 +254,7 @@ def _decode_provenance(fields: dict[str, Json]) -> Provenance:
             dtype=_get(entry, "dtype", str),
             sha256=_get(entry, "sha256", str),
             sha256_bfloat16=_get(entry, "sha256_bfloat16", str),
+            norm=_get(entry, "norm", float),
         )
     return Provenance(
         method=_get(fields, "method", str),

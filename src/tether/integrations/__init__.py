@@ -1,0 +1,1 @@
+"""Other libraries, imported here and nowhere else, and only when asked for."""

@@ -1,0 +1,1 @@
+"""Fine-tuning with a plain torch loop: text -> blocks -> steps -> files."""
