@@ -39,6 +39,10 @@ def attach(
     `trainable`, the base's own parameters stop requiring gradients until the last adapter is
     detached. All or nothing: on an error the model is as it was.
 
+    Re-entrant activation checkpointing needs a model input that requires gradients. Where it is on
+    already this is arranged; where you switch it on later, call the model's
+    `enable_input_require_grads()` too.
+
     Args:
         model: any module; floating-point weights at the sites. Not yet sharded (FSDP).
         adapter: a value, copied; or a configuration, from which one is made; None for PiSSA.

@@ -144,12 +144,11 @@ class Handle:
         with set_active({self.record: False}):
             yield
 
-    def verify(self, *args: Any, **batch: Any) -> None:
+    def verify(self, batch: Any) -> None:
         """Run one batch and check that every site's adapter took part. Changes nothing.
 
         Args:
-            *args: positional inputs of the model.
-            **batch: named inputs of the model.
+            batch: named inputs of the model as a mapping, or its one positional input.
 
         Raises:
             HookNotFiredError: naming the first site whose forward was never called.
@@ -164,7 +163,8 @@ class Handle:
             for path, layer in self._layers.items():
                 hook = layer.register_forward_hook(_adder(fired, path))
                 stack.callback(hook.remove)
-            original(self.model)(*args, **batch)
+            model = original(self.model)
+            _ = model(**batch) if isinstance(batch, Mapping) else model(batch)
         missed = [path for path in self._layers if path not in fired]
         if missed:
             raise HookNotFiredError(

@@ -31,7 +31,9 @@ JsonOption = Annotated[
 ]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
-out = Console(highlight=False)
+# Wide enough for the paths of sites where there is no terminal to fit into.
+_WIDTH = None if sys.stdout.isatty() else 120
+out = Console(highlight=False, width=_WIDTH)
 err = Console(stderr=True, highlight=False)
 
 

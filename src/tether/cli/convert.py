@@ -5,7 +5,7 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from tether import algebra, formats
 from tether.cli.console import (
@@ -80,7 +80,7 @@ def _show(report: ConversionReport, as_json: bool) -> None:
     if as_json:
         print_json(report.to_dict() | {"written": str(report.path)})
         return
-    table = Table("site", "rank", "|ΔW|", "relative error")
+    table = Table(Column("site", overflow="fold"), "rank", "|ΔW|", "relative error")
     for path, site in report.sites.items():
         table.add_row(path, str(site.rank), f"{site.norm:.4g}", f"{site.error:.2e}")
     out.print(table)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from tether import algebra, formats
 from tether.cli.console import (
@@ -98,7 +98,8 @@ def _print(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
     for name, value in facts["config"].items():
         about.add_row(f"config: {name}", str(value))
     out.print(about)
-    table = Table("site", "shape", "rank", "|ΔW|", "|ΔW|/|W|", "anchor energy")
+    site_column = Column("site", overflow="fold")
+    table = Table(site_column, "shape", "rank", "|ΔW|", "|ΔW|/|W|", "anchor energy")
     for site, row in rows.items():
         relative, energy = row["relative"], row["anchor_energy"]
         table.add_row(

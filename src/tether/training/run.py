@@ -122,7 +122,6 @@ def prepare(settings: Settings, out: Path, *, overwrite: bool, reporter: Reporte
             f"{out}: holds a run already. Go on with it (--resume), choose another --out, or "
             "replace it (--overwrite)."
         )
-    fs.make_directory(out)
     model, tokenizer, data, held_out = _load(settings, reporter)
     with reporter.task("Finding the anchors") as task:
         adapter = init(model, settings.lora, progress=task)
@@ -133,6 +132,7 @@ def prepare(settings: Settings, out: Path, *, overwrite: bool, reporter: Reporte
     run = Run(settings, out, model, tokenizer, handle, optimizer, data, held_out, reporter=reporter)
     with reference(model):
         run.losses["base"] = run.evaluate().loss
+    fs.make_directory(out)
     fs.write_text(out / METRICS, "")
     run.save()
     run.describe("running")
