@@ -23,6 +23,7 @@ from tether.cli.console import (
     use_all_cores,
 )
 from tether.config import LoraConfig
+from tether.errors import ConfigError
 from tether.training import run as runs
 from tether.training.run import Run
 from tether.training.settings import Settings
@@ -39,6 +40,8 @@ _LORA = {
     "target": "target_modules",
     "exclude": "exclude_modules",
     "layers": "layers_to_transform",
+    "rank_pattern": "rank_pattern",
+    "alpha_pattern": "alpha_pattern",
 }
 _WRITTEN = (runs.ADAPTER, runs.LORA, runs.CHECKPOINT, runs.METRICS, runs.RUN)
 _NOT_SETTINGS = {"out_dir", "resume", "overwrite", "json_", "debug", *_LORA}
@@ -75,11 +78,22 @@ def command(
     layers: Annotated[
         list[int] | None, typer.Option(help="Index of a layer to adapt; repeatable.")
     ] = None,
+    rank_pattern: Annotated[
+        list[str] | None, typer.Option(help="NAME=RANK for some modules; repeatable.")
+    ] = None,
+    alpha_pattern: Annotated[
+        list[str] | None, typer.Option(help="NAME=ALPHA for some modules; repeatable.")
+    ] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps. Default: --epochs over the data.")
+        int | None,
+        typer.Option(
+            help=f"Optimizer steps. Default: --epochs over the data; {_FIRST_LOOK} without --data."
+        ),
     ] = None,
     epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
-    learning_rate: Annotated[float, typer.Option("--learning-rate", "--lr")] = 2e-4,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", "--lr", help="At the top of the cosine.")
+    ] = 2e-4,
     warmup: Annotated[float, typer.Option(help="Share of steps with a rising rate.")] = 0.05,
     batch_size: Annotated[int, typer.Option(help="Sequences per forward pass.")] = 4,
     accumulation: Annotated[int, typer.Option(help="Forward passes per step.")] = 1,
@@ -121,9 +135,7 @@ def command(
             values = {k: v for k, v in context.params.items() if k not in _NOT_SETTINGS}
             if data is None and steps is None and "epochs" not in _given(context):
                 values["steps"] = _FIRST_LOOK
-            settings = Settings(
-                **values, lora=LoraConfig(**_lora_values(context.params), seed=seed)
-            )
+            settings = Settings(**values, lora=LoraConfig(**_lora(context.params), seed=seed))
             run = runs.prepare(settings, out_dir, overwrite=overwrite, reporter=bars)
         first = run.step
         with _interruptible() as stop:
@@ -136,12 +148,22 @@ def command(
             raise typer.Exit(130)
 
 
-def _lora_values(params: dict[str, Any]) -> dict[str, Any]:
-    values = {field: params[option] for option, field in _LORA.items()}
-    values["target_modules"] = values["target_modules"] or "all-linear"
-    values["exclude_modules"] = values["exclude_modules"] or ()
-    values["layers_to_transform"] = values["layers_to_transform"] or None
-    return values
+def _lora(params: dict[str, Any]) -> dict[str, Any]:
+    """The options of the adapter as fields of LoraConfig, without those left out."""
+    values = {_LORA[option]: value for option, value in params.items() if option in _LORA}
+    for field, number in (("rank_pattern", int), ("alpha_pattern", float)):
+        if values.get(field):
+            values[field] = dict(_pair(field, text, number) for text in values[field])
+    return {field: value for field, value in values.items() if value not in (None, [], ())}
+
+
+def _pair(field: str, text: str, number: type[int] | type[float]) -> tuple[str, int | float]:
+    name, _, value = text.rpartition("=")
+    try:
+        return name, number(value)
+    except ValueError:
+        option = "--" + field.replace("_", "-")
+        raise ConfigError(f"{option}: {text!r} is not NAME=NUMBER, such as k_proj=8.") from None
 
 
 def _given(context: typer.Context) -> dict[str, Any]:
@@ -152,8 +174,7 @@ def _given(context: typer.Context) -> dict[str, Any]:
         if getattr(context.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"
     }
     result = {name: value for name, value in given.items() if name not in _NOT_SETTINGS}
-    lora = {field: given[option] for option, field in _LORA.items() if option in given}
-    return result | {f"lora.{field}": value for field, value in lora.items()}
+    return result | {f"lora.{field}": value for field, value in _lora(given).items()}
 
 
 @dataclass(slots=True)
