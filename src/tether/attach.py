@@ -68,7 +68,15 @@ def attach(
     else:
         value, verify = init(base, adapter), False
     order = 1 + max((record.order for record in records_of(base)), default=-1)
-    record = Record(name, value.provenance, dict(value.config), value.targets, trainable, order)
+    record = Record(
+        name=name,
+        provenance=value.provenance,
+        config=dict(value.config),
+        targets=value.targets,
+        excluded=value.excluded,
+        trainable=trainable,
+        order=order,
+    )
     named = dict(base.named_modules())
     modules = {path: _find(named, path, value, verify) for path in value.layers}
     layers = {}

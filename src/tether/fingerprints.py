@@ -21,17 +21,17 @@ def fingerprint_tensor(tensor: Tensor) -> Fingerprint:
     Returns:
         Fingerprint over the values in row-major order.
     """
-    exact, rounded = hashlib.sha256(), hashlib.sha256()
-    same = tensor.dtype == torch.bfloat16
+    dtypes = {tensor.dtype, torch.bfloat16, torch.float16}
+    digests = {dtype: hashlib.sha256() for dtype in dtypes}
     for chunk in torch.split(tensor.detach().reshape(-1), _CHUNK):
-        exact.update(raw_bytes(chunk))
-        if not same:
-            rounded.update(raw_bytes(chunk.to(torch.bfloat16)))
+        for dtype, digest in digests.items():
+            digest.update(raw_bytes(chunk.to(dtype)))
     return Fingerprint(
         shape=tuple(tensor.shape),
         dtype=str(tensor.dtype).removeprefix("torch."),
-        sha256=exact.hexdigest(),
-        sha256_bfloat16=(exact if same else rounded).hexdigest(),
+        sha256=digests[tensor.dtype].hexdigest(),
+        sha256_bfloat16=digests[torch.bfloat16].hexdigest(),
+        sha256_float16=digests[torch.float16].hexdigest(),
         norm=float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)),
     )
 
@@ -58,7 +58,7 @@ def check_fingerprint(path: str, tensor: Tensor, expected: Fingerprint) -> None:
     """Raise unless `tensor` is what `expected` was taken from.
 
     Equal bytes pass. So does the same checkpoint loaded in another precision: there the values
-    rounded to bfloat16 must be equal.
+    rounded to one of the half precisions must be equal.
 
     Args:
         path: site path, for the message.
@@ -69,10 +69,11 @@ def check_fingerprint(path: str, tensor: Tensor, expected: Fingerprint) -> None:
         BaseMismatchError: naming the site, both values and what to do.
     """
     found = fingerprint_tensor(tensor)
-    if found.shape == expected.shape and (
-        found.sha256 == expected.sha256
-        or (found.dtype != expected.dtype and found.sha256_bfloat16 == expected.sha256_bfloat16)
-    ):
+    rounded = found.dtype != expected.dtype and (
+        found.sha256_bfloat16 == expected.sha256_bfloat16
+        or found.sha256_float16 == expected.sha256_float16
+    )
+    if found.shape == expected.shape and (found.sha256 == expected.sha256 or rounded):
         return
     raise BaseMismatchError(
         f"site {path!r}: the base weight here is {found.dtype} {found.shape} "

@@ -94,6 +94,7 @@ class Handle:
             provenance=self.record.provenance,
             config=self.record.config,
             targets=self.record.targets,
+            excluded=self.record.excluded,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

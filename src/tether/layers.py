@@ -23,6 +23,7 @@ class Record:
         provenance: where it came from.
         config: the settings it was made with.
         targets: names that select its sites.
+        excluded: names to leave out of them.
         trainable: whether its factors are trained.
         order: grows with every adapter attached to the model.
         active: whether its layers take part in the forward pass.
@@ -34,6 +35,7 @@ class Record:
     provenance: Provenance
     config: dict[str, Json]
     targets: tuple[str, ...]
+    excluded: tuple[str, ...]
     trainable: bool
     order: int
     active: bool = True

@@ -182,15 +182,19 @@ def base_weight(path: str, module: nn.Module) -> Tensor:
     return weight
 
 
-def short_targets(model: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
-    """The shortest names that select exactly these paths among all modules.
+def short_targets(
+    model: nn.Module, paths: Sequence[str]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The shortest names that select these paths among all modules.
 
     Args:
         model: the model that holds them.
         paths: of its sites.
 
     Returns:
-        last components where every module so named is a site, whole paths otherwise; sorted.
+        names: last components where every module so named is a site, whole paths otherwise; and
+        the paths that these names select besides ("block.proj" ends in the whole path "proj").
+        Both sorted.
     """
     wanted = set(paths)
     everything = [path for path, _ in _base_modules(model)]
@@ -199,7 +203,8 @@ def short_targets(model: nn.Module, paths: Sequence[str]) -> tuple[str, ...]:
         last = path.rsplit(".", 1)[-1]
         whole = last.isdigit() or any(matches(last, p) and p not in wanted for p in everything)
         names.add(path if whole else last)
-    return tuple(sorted(names))
+    besides = {p for p in everything if p not in wanted and any(matches(n, p) for n in names)}
+    return tuple(sorted(names)), tuple(sorted(besides))
 
 
 def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

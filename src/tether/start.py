@@ -43,6 +43,7 @@ def init(
         layers[item.site.path], prints[item.site.path] = _start_site(model, item, config, method)
         if progress is not None:
             progress(done, len(plans))
+    targets, excluded = sites.short_targets(model, list(layers))
     return Adapter(
         layers=layers,
         provenance=Provenance(
@@ -50,10 +51,12 @@ def init(
             seed=config.seed,
             tether_version=version("tether"),
             base_model=base_name(model),
+            base_class=base_class(model),
             fingerprints=prints,
         ),
         config=config.to_dict(),
-        targets=sites.short_targets(model, list(layers)),
+        targets=targets,
+        excluded=excluded,
     )
 
 
@@ -81,6 +84,20 @@ def base_name(model: nn.Module) -> str | None:
     """
     name = getattr(getattr(model, "config", None), "_name_or_path", None)
     return name if isinstance(name, str) and name else None
+
+
+def base_class(model: nn.Module) -> str | None:
+    """The class of a transformers model, by which others load it.
+
+    Args:
+        model: any module.
+
+    Returns:
+        "transformers.….LlamaForCausalLM", or None for a model of another library.
+    """
+    cls = type(model)
+    full = f"{cls.__module__}.{cls.__qualname__}"
+    return full if full.startswith("transformers.") else None
 
 
 def _start_site(

@@ -193,8 +193,9 @@ class Fingerprint:
         shape: of the stored weight.
         dtype: "float32", "bfloat16", …
         sha256: hex digest of its bytes.
-        sha256_bfloat16: hex digest of its values rounded to bfloat16, by which the same
-            checkpoint loaded in another precision is recognised.
+        sha256_bfloat16: hex digest of its values rounded to bfloat16; by this one or the next the
+            same checkpoint loaded in another precision is recognised.
+        sha256_float16: hex digest of its values rounded to float16.
         norm: its Frobenius norm, against which |ΔW| is read.
     """
 
@@ -202,6 +203,7 @@ class Fingerprint:
     dtype: str
     sha256: str
     sha256_bfloat16: str
+    sha256_float16: str
     norm: float
 
 
@@ -214,6 +216,7 @@ class Provenance:
         seed: of the method's random numbers, or None.
         tether_version: that wrote it, or None for a file of another library.
         base_model: name or path of the base, if known.
+        base_class: class of the base, "transformers.….LlamaForCausalLM", if it is transformers'.
         learning_rate: it was trained with, if known.
         steps: optimizer steps it was trained for, if known.
         fingerprints: site path -> fingerprint of its base weight.
@@ -223,6 +226,7 @@ class Provenance:
     seed: int | None = None
     tether_version: str | None = None
     base_model: str | None = None
+    base_class: str | None = None
     learning_rate: float | None = None
     steps: int | None = None
     fingerprints: Mapping[str, Fingerprint] = field(default_factory=dict)
@@ -246,14 +250,16 @@ class Adapter:
         layers: site path -> its adapter.
         provenance: where it came from.
         config: the settings it was made with, as JSON values.
-        targets: module names that select exactly these sites in the base model (the shortest
-            suffixes that do), for files of other libraries.
+        targets: module names that select these sites in the base model (the shortest suffixes
+            that do), for files of other libraries; none for the paths themselves.
+        excluded: module names that `targets` select besides, to be left out.
     """
 
     layers: Mapping[str, LayerAdapter]
     provenance: Provenance
     config: Mapping[str, Json] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
+    excluded: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Freeze the mappings."""
@@ -262,6 +268,7 @@ class Adapter:
         object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
         object.__setattr__(self, "config", MappingProxyType(dict(self.config)))
         object.__setattr__(self, "targets", tuple(self.targets) or tuple(self.layers))
+        object.__setattr__(self, "excluded", tuple(self.excluded))
 
     def __reduce__(self) -> tuple[object, ...]:
         """Copy and pickle by value: a mapping proxy can do neither."""

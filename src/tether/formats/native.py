@@ -2,8 +2,8 @@
 
 A file MUST have
 1. metadata `format` = "tether" and `version` = "1";
-2. metadata `adapter`: JSON with `config`, `provenance`, `targets` and `layers`, a list of
-   {path, kind, shape, common, scaling, dropout, anchored};
+2. metadata `adapter`: JSON with `config`, `provenance`, `targets`, `excluded` and `layers`, a
+   list of {path, kind, shape, common, scaling, dropout, anchored};
 3. for each layer the tensors `{path}.dA`, `{path}.dB`, `{path}.A0`, `{path}.B0` if anchored, else
    `{path}.A`, `{path}.B`; all float32 (or float64 for float64 factors), and no other tensor;
 4. metadata `digests`: JSON, tensor name -> sha256 of its bytes;
@@ -159,6 +159,7 @@ def _metadata(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str]
         "config": dict(adapter.config),
         "provenance": provenance_to_dict(adapter.provenance),
         "targets": list(adapter.targets),
+        "excluded": list(adapter.excluded),
         "layers": layers,
     }
     text = json.dumps(header, allow_nan=False)
@@ -210,7 +211,8 @@ def _decode(header: Json, tensors: dict[str, Tensor]) -> Adapter:
         layers=layers,
         provenance=_decode_provenance(_get(fields, "provenance", dict)),
         config=_get(fields, "config", dict),
-        targets=tuple(_typed(t, str, "targets") for t in _get(fields, "targets", list)),
+        targets=_texts(fields, "targets"),
+        excluded=_texts(fields, "excluded"),
     )
 
 
@@ -254,6 +256,7 @@ def _decode_provenance(fields: dict[str, Json]) -> Provenance:
             dtype=_get(entry, "dtype", str),
             sha256=_get(entry, "sha256", str),
             sha256_bfloat16=_get(entry, "sha256_bfloat16", str),
+            sha256_float16=_get(entry, "sha256_float16", str),
             norm=_get(entry, "norm", float),
         )
     return Provenance(
@@ -261,10 +264,15 @@ def _decode_provenance(fields: dict[str, Json]) -> Provenance:
         seed=_optional(fields, "seed", int),
         tether_version=_optional(fields, "tether_version", str),
         base_model=_optional(fields, "base_model", str),
+        base_class=_optional(fields, "base_class", str),
         learning_rate=_optional(fields, "learning_rate", float),
         steps=_optional(fields, "steps", int),
         fingerprints=prints,
     )
+
+
+def _texts(fields: dict[str, Json], name: str) -> tuple[str, ...]:
+    return tuple(_typed(text, str, name) for text in _get(fields, name, list))
 
 
 Expected = TypeVar("Expected")

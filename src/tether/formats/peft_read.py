@@ -19,6 +19,7 @@ from tether.errors import (
     ShapeMismatchError,
     UnsupportedAdapterError,
 )
+from tether.fingerprints import fingerprint_tensor
 from tether.formats import container
 from tether.formats import peft_names as names
 from tether.formats.pattern import first_match
@@ -27,7 +28,25 @@ from tether.value import Adapter, Factors, Json, LayerAdapter, Layout, Provenanc
 
 _MAX_CONFIG = 4 * 2**20  # bytes of adapter_config.json
 # Starts whose B·A is zero: the factors in the file act on the base itself.
-_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "loftq", "mica")
+_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
+# Fields that are read, or that say nothing about what the tensors mean. Any other field that is
+# set is refused: it may change the model.
+_UNDERSTOOD = frozenset(
+    {
+        *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
+        *("revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules"),
+        *("exclude_modules", "fan_in_fan_out", "bias", "use_rslora", "init_lora_weights"),
+        *(
+            "layers_to_transform",
+            "layers_pattern",
+            "rank_pattern",
+            "alpha_pattern",
+            "megatron_core",
+        ),
+        *("qalora_group_size", "eva_config", "ensure_weight_tying", "runtime_config"),
+    }
+)
+_BASE_LAYER = re.compile(r"base_model\.model\.(.+)\.base_layer\.(weight|bias)")
 
 
 def load(folder: Path) -> Adapter:
@@ -57,12 +76,18 @@ def load(folder: Path) -> Adapter:
             )
         raise NotAnAdapterError(f"{folder}: there is no {names.WEIGHTS} in it.")
     tensors, _ = container.read(weights)
+    base, factors = _split_base(tensors)
     try:
-        layers = _decode(weights, config, tensors)
+        layers = _decode(weights, config, factors)
+        targets, excluded = _targets(config, layers)
+        prints = {site: fingerprint_tensor(t) for site, t in base.items() if site in layers}
         return Adapter(
             layers=layers,
-            provenance=Provenance(method="unknown", base_model=_base_model(config)),
-            targets=_targets(config, layers),
+            provenance=Provenance(
+                method="unknown", base_model=_base_model(config), fingerprints=prints
+            ),
+            targets=targets,
+            excluded=excluded,
         )
     except (ConfigError, ShapeMismatchError) as error:
         raise HeaderError(f"{weights}: {error}") from error
@@ -97,22 +122,11 @@ def _refuse_unsupported(folder: Path, config: dict[str, Json]) -> None:
             "the adapter as plain LoRA where it was trained "
             "(peft: save_pretrained(…, path_initial_model_for_weight_conversion=…))."
         )
-    for field in (
-        "use_dora",
-        "modules_to_save",
-        "lora_bias",
-        "layer_replication",
-        "trainable_token_indices",
-        "alora_invocation_tokens",
-        "target_parameters",
-        "megatron_config",
-        "use_qalora",
-        "arrow_config",
-    ):
-        if config.get(field):
+    for field, value in config.items():
+        if value and field not in _UNDERSTOOD:
             raise UnsupportedAdapterError(
-                f"{folder}: it was trained with {field}={config[field]!r}, which a plain LoRA "
-                "cannot hold; reading it without would change the model."
+                f"{folder}: it was trained with {field}={value!r}, which a plain LoRA cannot hold; "
+                "reading it without would change the model."
             )
     if config.get("bias", "none") != "none":
         raise UnsupportedAdapterError(
@@ -191,18 +205,42 @@ def _scaling(config: dict[str, Json], site: str, rank: int) -> float:
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
 
 
-def _targets(config: dict[str, Json], layers: Mapping[str, LayerAdapter]) -> tuple[str, ...]:
+def _split_base(
+    tensors: Mapping[str, Tensor],
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Part the copies of base weights, which peft adds for embeddings, from the factors.
+
+    They are no part of the change; they tell which base the adapter belongs to.
+    """
+    base, factors = {}, {}
+    for key, tensor in tensors.items():
+        found = _BASE_LAYER.fullmatch(key)
+        if found is None:
+            factors[key] = tensor
+        elif found[2] == "weight" and tensor.is_floating_point():
+            base[found[1]] = tensor
+    return base, factors
+
+
+def _targets(
+    config: dict[str, Json], layers: Mapping[str, LayerAdapter]
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The file's own module names where they are plain names that reach every site."""
-    targets = config.get("target_modules")
-    plain = isinstance(targets, list) and not any(
-        config.get(field) for field in ("layers_to_transform", "exclude_modules")
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules") or []
+    if not (_plain_names(targets) and _plain_names(excluded)) or config.get("layers_to_transform"):
+        return (), ()
+    assert isinstance(targets, list)
+    assert isinstance(excluded, list)
+    chosen = tuple(sorted(map(str, targets)))
+    if not all(any(s == t or s.endswith("." + t) for t in chosen) for s in layers):
+        return (), ()
+    return chosen, tuple(sorted(map(str, excluded)))
+
+
+def _plain_names(value: Json) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(name, str) and re.fullmatch(r"[\w.-]{1,512}", name) for name in value
     )
-    if plain and isinstance(targets, list):
-        chosen = tuple(str(t) for t in targets)
-        ok = all(re.fullmatch(r"[\w.-]{1,512}", t) for t in chosen)
-        if ok and all(any(s == t or s.endswith("." + t) for t in chosen) for s in layers):
-            return tuple(sorted(chosen))
-    return tuple(layers)
 
 
 def _base_model(config: dict[str, Json]) -> str | None:

@@ -7,6 +7,7 @@ sites (zero rows added); no patterns; no rsLoRA; only lora_A/lora_B and lora_emb
 import json
 import math
 import os
+import re
 
 import torch
 from safetensors.torch import save_file
@@ -39,6 +40,7 @@ def save(
         NonFiniteError: a value does not fit `dtype`.
         WriteError: it cannot be written; what was there stays.
     """
+    _check_excluded(adapter)
     tensors: dict[str, Tensor] = {}
     for site, layer in canonical(adapter, dtype).items():
         tensors |= _tensors(site, layer)
@@ -112,6 +114,25 @@ def _tensors(site: str, layer: LayerAdapter) -> dict[str, Tensor]:
     return {stem + names.A: a, stem + names.B: b}
 
 
+def _auto_mapping(adapter: Adapter) -> dict[str, Json] | None:
+    """Where peft's auto classes find the base's class; only ever a name inside transformers."""
+    full = adapter.provenance.base_class or ""
+    if not re.fullmatch(r"transformers(\.\w+)+", full, re.ASCII):
+        return None
+    library, _, name = full.rpartition(".")
+    return {"base_model_class": name, "parent_library": library}
+
+
+def _check_excluded(adapter: Adapter) -> None:
+    for name in adapter.excluded:
+        hit = next((site for site in adapter.layers if site.endswith("." + name)), None)
+        if hit is not None:
+            raise UnsupportedAdapterError(
+                f"site {hit!r}: PEFT selects modules by the end of their path, and cannot tell it "
+                f"from {name!r}, which the adapter leaves alone. Save the native file instead."
+            )
+
+
 def _config(adapter: Adapter) -> dict[str, Json]:
     kinds = {layer.layout.kind for layer in adapter.layers.values()}
     rank = max(layer.rank for layer in adapter.layers.values())
@@ -119,10 +140,12 @@ def _config(adapter: Adapter) -> dict[str, Json]:
     return {
         "peft_type": "LORA",
         "task_type": None,
+        "auto_mapping": _auto_mapping(adapter),
         "base_model_name_or_path": adapter.provenance.base_model,
         "r": rank,
         "lora_alpha": rank,
         "target_modules": list(adapter.targets),
+        "exclude_modules": list(adapter.excluded) or None,
         "lora_dropout": 0.0 if math.isnan(dropout) else dropout,
         "bias": "none",
         "fan_in_fan_out": "transposed" in kinds,
