@@ -5,7 +5,7 @@ The initial factors are frozen (the anchor), the displacement is trained, the ba
     ΔW = s·(B·dA + dB·A0)
 """
 
-from importlib.metadata import version
+from importlib.metadata import version as _version
 
 from tether.algebra import to_lora
 from tether.attach import attach
@@ -19,7 +19,7 @@ from tether.start import init
 from tether.switch import only, reference
 from tether.value import Adapter, Factors, Fingerprint, LayerAdapter, Layout, Provenance
 
-__version__ = version("tether")
+__version__ = _version("tether")
 
 __all__ = [
     "Adapter",

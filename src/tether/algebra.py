@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from tether.errors import ConfigError
+from tether.errors import ConfigError, NonFiniteError
+from tether.linalg import check_finite
 from tether.value import Adapter, Factors, LayerAdapter
 
 
@@ -19,7 +20,7 @@ def delta(layer: LayerAdapter) -> Tensor:
     Returns:
         (out, in), float32 (float64 if the factors are).
     """
-    product = _plain(layer, torch.promote_types(layer.trainable.A.dtype, torch.float32))
+    product = _plain(layer, layer.dtype)
     return layer.scaling * (product.B @ product.A)
 
 
@@ -45,8 +46,8 @@ def to_lora(adapter: Adapter, rank: int | None = None, tolerance: float | None =
     for path, layer in adapter.layers.items():
         try:
             layers[path] = compress(layer, rank, tolerance).layer
-        except ConfigError as error:
-            raise ConfigError(f"site {path!r}: {error}") from None
+        except (ConfigError, NonFiniteError) as error:
+            raise type(error)(f"site {path!r}: {error}") from None
     return replace(adapter, layers=layers)
 
 
@@ -87,8 +88,10 @@ def compress(
         raise ConfigError(f"rank {rank} must be at least 1.")
     if tolerance is not None and not 0 < tolerance < 1:
         raise ConfigError(f"tolerance {tolerance} must be between 0 and 1.")
-    dtype = torch.promote_types(layer.trainable.A.dtype, torch.float32)
+    dtype = layer.dtype
     plain = _plain(layer, dtype)
+    for factor in (plain.A, plain.B):
+        check_finite(factor, "the change")
     if (rank is not None and rank < plain.rank) or tolerance is not None:
         plain = _truncate(_plain(layer, torch.float64), rank, tolerance).to(dtype)
     result = replace(layer, trainable=plain, anchor=None)

@@ -13,13 +13,23 @@ from tether.errors import (
     NameTakenError,
     ShapeMismatchError,
     UnknownNameError,
+    UnsupportedModuleError,
     nearest,
 )
 from tether.fingerprints import check_fingerprint
 from tether.handle import Handle
-from tether.layers import Record, SiteAdapters, SiteLayer, hang, layers_of, records_of
+from tether.layers import (
+    Record,
+    SiteAdapters,
+    SiteLayer,
+    carriers,
+    hang,
+    layers_of,
+    records_of,
+    take_off,
+)
 from tether.start import init, original
-from tether.value import Adapter, Layout
+from tether.value import CHILD, Adapter, Layout
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -83,10 +93,16 @@ def attach(
     for path, (module, layout) in modules.items():
         device = sites.base_weight(path, module).device
         layers[path] = SiteLayer(path, value.layers[path], layout, record, dtype).to(device)
-    for path, layer in layers.items():
-        hang(modules[path][0], name, layer)
-    if trainable:
-        freeze.freeze(base, record)
+    try:
+        for path, layer in layers.items():
+            hang(modules[path][0], name, layer)
+        if trainable:
+            freeze.freeze(base, record)
+    except BaseException:
+        for module in carriers(base, name):
+            take_off(module, name)
+        freeze.unfreeze(record)
+        raise
     freeze.reset_compiler()
     return Handle(model, name, layers)
 
@@ -119,6 +135,12 @@ def _find(
         raise ShapeMismatchError(
             f"site {path!r}: the weight here is {here}, the adapter changes one of {wanted}. "
             "Load the base model that the adapter was made on."
+        )
+    part = modules[path]._modules.get(CHILD)
+    if part is not None and not isinstance(part, SiteAdapters):
+        raise UnsupportedModuleError(
+            f"site {path!r}: {type(modules[path]).__name__} has a part of its own named {CHILD!r}, "
+            "where adapters would hang. Exclude it, or rename the part."
         )
     weight = sites.base_weight(path, modules[path])
     expected = value.provenance.fingerprints.get(path)

@@ -51,16 +51,12 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         """Check every value; raise ConfigError naming the field."""
-        if isinstance(self.init, str):
-            methods.get(self.init)
-        elif not isinstance(self.init, Method):
-            raise ConfigError(f"init must be a method or its name, not {self.init!r}.")
+        self._check_init()
         _check_integer("rank", self.rank, 1)
         if self.alpha is not None:
             _check_alpha("alpha", self.alpha)
-        for name in ("use_rslora",):
-            if not isinstance(getattr(self, name), bool):
-                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}.")
+        if not isinstance(self.use_rslora, bool):
+            raise ConfigError(f"use_rslora must be True or False, not {self.use_rslora!r}.")
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ConfigError(f"dropout must be in [0, 1), not {self.dropout!r}.")
         if not isinstance(self.target_modules, str):
@@ -69,25 +65,39 @@ class LoraConfig:
             )
         object.__setattr__(self, "exclude_modules", _names("exclude_modules", self.exclude_modules))
         self._freeze_layers()
+        for name in ("rank_pattern", "alpha_pattern"):
+            object.__setattr__(self, name, _frozen_pattern(name, getattr(self, name)))
         for pattern, rank in self.rank_pattern.items():
             _check_integer(f"rank_pattern[{pattern!r}]", rank, 1)
         for pattern, alpha in self.alpha_pattern.items():
             _check_alpha(f"alpha_pattern[{pattern!r}]", alpha)
-        object.__setattr__(self, "rank_pattern", MappingProxyType(dict(self.rank_pattern)))
-        object.__setattr__(self, "alpha_pattern", MappingProxyType(dict(self.alpha_pattern)))
         # torch's generators take 64 bits.
         _check_integer("seed", self.seed, 0, 2**63 - 1)
+
+    def _check_init(self) -> None:
+        if isinstance(self.init, str):
+            methods.get(self.init)
+        elif isinstance(self.init, type) or not isinstance(self.init, Method):
+            raise ConfigError(f"init must be a method or its name, not {self.init!r}.")
 
     def _freeze_layers(self) -> None:
         layers = self.layers_to_transform
         if layers is None:
             return
+        if not isinstance(layers, int | Iterable):
+            raise ConfigError(f"layers_to_transform must be whole numbers, not {layers!r}.")
         layers = (layers,) if isinstance(layers, int) else tuple(layers)
         for index in layers:
             _check_integer("layers_to_transform", index, 0)
         if not layers:
             raise ConfigError("layers_to_transform is empty; use None for all layers.")
         object.__setattr__(self, "layers_to_transform", layers)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Copy and pickle by value: a mapping proxy can do neither."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        patterns = ("rank_pattern", "alpha_pattern")
+        return _rebuild, (values | {name: dict(values[name]) for name in patterns},)
 
     @property
     def method(self) -> Method:
@@ -134,6 +144,10 @@ class LoraConfig:
             settings = {key: value for key, value in init.items() if key != "name"}
             arguments["init"] = methods.get(str(init.get("name")), settings)  # type: ignore[assignment]
         return cls(**arguments)  # type: ignore[arg-type]
+
+
+def _rebuild(values: dict[str, object]) -> LoraConfig:
+    return LoraConfig(**values)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +218,8 @@ def _check_patterns(name: str, patterns: Iterable[str], paths: Sequence[str]) ->
 
 
 def _names(name: str, value: Iterable[str]) -> tuple[str, ...]:
+    if not isinstance(value, Iterable):
+        raise ConfigError(f"{name} must be a list of names, not {value!r}.")
     result = (value,) if isinstance(value, str) else tuple(value)
     for item in result:
         if not isinstance(item, str) or not item:
@@ -211,6 +227,12 @@ def _names(name: str, value: Iterable[str]) -> tuple[str, ...]:
     if name == "target_modules" and not result:
         raise ConfigError("target_modules is empty; name modules, or use 'all-linear'.")
     return result
+
+
+def _frozen_pattern(name: str, value: object) -> Mapping[str, float]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{name} must map names to numbers, not {value!r}.")
+    return MappingProxyType(dict(value))
 
 
 def _is_number(value: object) -> bool:

@@ -1,11 +1,12 @@
 """Fingerprints of base tensors: is this the model that the adapter was made on?"""
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor, nn
 
-from tether.errors import BaseMismatchError
+from tether.errors import BaseMismatchError, MetaTensorError
 from tether.value import CHILD, Fingerprint
 
 _CHUNK = 1 << 24  # values hashed at a time: bounds the extra memory
@@ -23,7 +24,10 @@ def fingerprint_tensor(tensor: Tensor) -> Fingerprint:
     """
     dtypes = {tensor.dtype, torch.bfloat16, torch.float16}
     digests = {dtype: hashlib.sha256() for dtype in dtypes}
+    square = 0.0
+    # Row by row, so that neither digests nor norm depend on how the tensor lies in memory.
     for chunk in torch.split(tensor.detach().reshape(-1), _CHUNK):
+        square += float(chunk.double().square().sum())
         for dtype, digest in digests.items():
             digest.update(raw_bytes(chunk.to(dtype)))
     return Fingerprint(
@@ -32,7 +36,7 @@ def fingerprint_tensor(tensor: Tensor) -> Fingerprint:
         sha256=digests[tensor.dtype].hexdigest(),
         sha256_bfloat16=digests[torch.bfloat16].hexdigest(),
         sha256_float16=digests[torch.float16].hexdigest(),
-        norm=float(torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)),
+        norm=math.sqrt(square),
     )
 
 
@@ -46,12 +50,15 @@ def fingerprint(model: nn.Module) -> dict[str, Fingerprint]:
 
     Returns:
         parameter name ("model.layers.0.mlp.up_proj.weight") -> fingerprint.
+
+    Raises:
+        MetaTensorError: a parameter has no values.
     """
-    return {
-        name: fingerprint_tensor(parameter)
-        for name, parameter in model.named_parameters()
-        if f".{CHILD}." not in f".{name}" and parameter.is_floating_point()
-    }
+    own = {n: p for n, p in model.named_parameters() if f".{CHILD}." not in f".{n}"}
+    for name, parameter in own.items():
+        if parameter.is_meta:
+            raise MetaTensorError(f"{name}: is on the meta device, without values. Load it first.")
+    return {n: fingerprint_tensor(p) for n, p in own.items() if p.is_floating_point()}
 
 
 def check_fingerprint(path: str, tensor: Tensor, expected: Fingerprint) -> None:

@@ -38,10 +38,19 @@ def release(base: nn.Module, record: Record) -> None:
         others[0].frozen += record.frozen
         others[0].enabled_input_grads |= record.enabled_input_grads
         return
-    for parameter in record.frozen:
-        parameter.requires_grad_(True)
+    unfreeze(record)
     if record.enabled_input_grads:
         base.disable_input_require_grads()  # type: ignore[operator]
+
+
+def unfreeze(record: Record) -> None:
+    """Let the parameters that an adapter froze require gradients again.
+
+    Args:
+        record: of the adapter.
+    """
+    for parameter in record.frozen:
+        parameter.requires_grad_(True)
 
 
 def reset_compiler() -> None:

@@ -28,15 +28,15 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         WriteError: the disk is full, or the folder cannot be written; `path` is as it was.
     """
-    target = Path(path)
-    with _named_errors(target):
+    with _named_errors(Path(path)):
+        target = _real(path)
         if target.is_dir():
-            raise WriteError(f"{target}: is a folder; give the name of a file.")
+            raise WriteError(f"{path}: is a folder; give the name of a file.")
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        os.close(handle)
         temporary = Path(name)
         try:
+            os.close(handle)
             yield temporary
             temporary.chmod(_default_mode(0o666))
             _sync(temporary)
@@ -62,8 +62,8 @@ def atomic_directory(path: str | os.PathLike[str], files: Collection[str]) -> It
         WriteError: the disk is full, the place cannot be written, or `path` holds other files;
             `path` is as it was.
     """
-    target = Path(path)
-    with _named_errors(target):
+    with _named_errors(Path(path)):
+        target = _real(path)
         _check_replaceable(target, files)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
@@ -123,7 +123,9 @@ def _check_replaceable(target: Path, files: Collection[str]) -> None:
         return
     if not target.is_dir():
         raise WriteError(f"{target}: is a file; give the name of a folder.")
-    others = sorted(item.name for item in target.iterdir() if item.name not in files)
+    if target == Path.cwd() or target in Path.cwd().parents:
+        raise WriteError(f"{target}: is the current folder, or holds it; give another folder.")
+    others = sorted(i.name for i in target.iterdir() if i.name not in files or i.is_dir())
     if others:
         raise WriteError(
             f"{target}: holds {others[0]!r}"
@@ -140,14 +142,15 @@ def _swap(new: Path, target: Path) -> None:
     elif not _exchange(new, target):
         # No atomic exchange on this system. Between the two renames the target is missing, but
         # both folders are whole.
-        old = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.old."))
-        target.replace(old)
+        old = new.with_name(new.name + ".old")
         try:
+            target.rename(old)
             new.rename(target)
-        except OSError:
-            old.replace(target)
-            raise
-        old.rename(new)
+        finally:
+            if not target.exists() and old.exists():
+                old.rename(target)
+            elif old.exists():
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -158,6 +161,11 @@ def _exchange(one: Path, other: Path) -> bool:
         return False
     first, second = os.fsencode(one), os.fsencode(other)
     return bool(rename(_AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE) == 0)
+
+
+def _real(path: str | os.PathLike[str]) -> Path:
+    """The place itself, so that a link to it stays a link."""
+    return Path(os.path.realpath(path))
 
 
 def _sync(path: Path) -> None:
@@ -185,6 +193,10 @@ def _named_errors(target: Path) -> Iterator[None]:
     """Turn the operating system's errors into one that names the file and what to do."""
     try:
         yield
+    except ValueError as error:
+        if "null byte" not in str(error):
+            raise
+        raise WriteError(f"{str(target)!r}: cannot be written: it has a null byte.") from error
     except OSError as error:
         advice = {
             errno.ENOSPC: "Free some space, or write elsewhere.",

@@ -114,7 +114,11 @@ class Handle:
 
         Args:
             **changes: fields of `Provenance`.
+
+        Raises:
+            DetachedError: the adapter was detached.
         """
+        self._check_attached()
         self.record.provenance = replace(self.record.provenance, **changes)  # type: ignore[arg-type]
 
     def detach(self) -> Adapter:

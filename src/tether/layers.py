@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tether.linalg import check_finite
 from tether.value import CHILD, Factors, Json, LayerAdapter, Layout, Provenance
 
 
@@ -68,12 +69,12 @@ class SiteLayer(nn.Module):
         super().__init__()
         self.path, self.layout, self.record = path, layout, record
         self.scaling, self.dropout = layer.scaling, layer.dropout
-        a, b = _copied(layer.trainable, dtype)
+        a, b = _copied(path, layer.trainable, dtype)
         self.names = ("A", "B") if layer.anchor is None else ("dA", "dB")
         self.register_parameter(self.names[0], nn.Parameter(a, requires_grad=record.trainable))
         self.register_parameter(self.names[1], nn.Parameter(b, requires_grad=record.trainable))
         if layer.anchor is not None:
-            anchor_a, anchor_b = _copied(layer.anchor, dtype)
+            anchor_a, anchor_b = _copied(path, layer.anchor, dtype)
             self.register_buffer("A0", anchor_a)
             self.register_buffer("B0", anchor_b)
 
@@ -108,9 +109,9 @@ class SiteLayer(nn.Module):
             # *weight*, in which half precision would lose a small displacement.
             change = self._up(module, moved, self.B0)
             change = change + self._up(module, moved + self._down(module, x, self.A0), self.dB)
-        # Subtracting the negative: −0.0 + 0.0 is 0.0, but −0.0 − 0.0 is −0.0, so that a change
-        # of zero leaves every bit of the base's output.
-        return (output - change).to(output.dtype)
+        # A change of zero leaves every bit of the base's output: `change` is the negative, so it
+        # is subtracted, and + 0.0 makes its zeros positive: −0.0 − 0.0 is −0.0.
+        return (output - (change + 0.0)).to(output.dtype)
 
     def _down(self, module: nn.Module, x: Tensor, a: Tensor) -> Tensor:
         """A·x."""
@@ -241,11 +242,14 @@ def carriers(model: nn.Module, name: str) -> list[nn.Module]:
     ]
 
 
-def _copied(factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _copied(path: str, factors: Factors, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Contiguous copies: FSDP2 shards only contiguous parameters."""
     contiguous = torch.contiguous_format
     a = factors.A.detach().to(dtype, copy=True, memory_format=contiguous)
-    return a, factors.B.detach().to(dtype, copy=True, memory_format=contiguous)
+    b = factors.B.detach().to(dtype, copy=True, memory_format=contiguous)
+    for name, factor in (("A", a), ("B", b)):
+        check_finite(factor, f"site {path!r}: factor {name} in {dtype}")
+    return a, b
 
 
 def _to_value(a: Tensor, b: Tensor) -> Factors:

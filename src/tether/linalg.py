@@ -22,8 +22,8 @@ class TruncatedSVD:
         vt: right singular vectors (r, n), float32, orthonormal rows; in each row the entry of
             largest magnitude is positive, which fixes the sign of the pair.
         backward_error: the triplets are exact for a matrix W + E with
-            |E|_F <= backward_error·|s|_2 (of `bottom_svd`: ·|W|_F); measured in float64, before
-            rounding to float32.
+            |E|_F <= backward_error·|s|_2; of `bottom_svd`, W·v = u·s and
+            |WᵀW·v − v·s²|_F = backward_error·|W|_F². Measured in float64, before rounding.
     """
 
     u: Tensor
@@ -96,8 +96,10 @@ def top_svd(weight: Tensor, rank: int, tolerance: float = 1e-5) -> TruncatedSVD:
     vectors = _gram_eigenvectors(matrix)[:, -rank:]
     basis = torch.linalg.qr(matrix @ vectors)[0]
     left, s, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    triplets = (basis @ left, s, right)
-    return _finish(triplets, wide, _backward_error(matrix, triplets, s, tolerance))
+    u = basis @ left
+    residual = torch.cat([matrix @ right.T - u * s, (u.T @ matrix - s[:, None] * right).T])
+    error = _backward_error(residual, s, matrix.shape, tolerance)
+    return _finish((u, s, right), wide, error)
 
 
 @torch.no_grad()
@@ -110,7 +112,7 @@ def bottom_svd(weight: Tensor, rank: int, tolerance: float = 1e-5) -> TruncatedS
     Args:
         weight: (m, n), any floating dtype, finite; read, never written.
         rank: 1 <= rank <= min(m, n).
-        tolerance: largest backward error accepted, relative to the Frobenius norm of W.
+        tolerance: largest backward error accepted.
 
     Returns:
         TruncatedSVD; a weight of deficient rank gives singular values of zero (up to rounding),
@@ -128,8 +130,11 @@ def bottom_svd(weight: Tensor, rank: int, tolerance: float = 1e-5) -> TruncatedS
     # Two-sided projection: where W·v is zero, qr returns arbitrary columns, and a one-sided
     # projection basisᵀ·W would pick up the large singular values through them.
     left, s, right = torch.linalg.svd(basis.T @ image)
-    triplets = (basis @ left, s, right @ vectors.T)
-    return _finish(triplets, wide, _backward_error(matrix, triplets, matrix, tolerance))
+    u, vt = basis @ left, right @ vectors.T
+    # Not |Wᵀ·u − σ·v|: where σ is zero, u is no singular vector and need not be one.
+    residual = matrix.T @ (u * s) - vt.T * s.square()
+    error = _backward_error(residual, matrix.norm() * matrix, matrix.shape, tolerance)
+    return _finish((u, s, vt), wide, error)
 
 
 @torch.no_grad()
@@ -178,18 +183,13 @@ def _finish(
     )
 
 
-def _backward_error(
-    matrix: Tensor, triplets: tuple[Tensor, Tensor, Tensor], scale: Tensor, tolerance: float
-) -> float:
-    """Measure |W·v − σ·u| and |Wᵀ·u − σ·v| against `scale`; raise if above the tolerance."""
-    u, s, vt = triplets
-    right = torch.linalg.vector_norm(matrix @ vt.T - u * s)
-    left = torch.linalg.vector_norm(u.T @ matrix - s[:, None] * vt)
-    error, size = max(float(right), float(left)), float(torch.linalg.vector_norm(scale))
+def _backward_error(residual: Tensor, scale: Tensor, shape: torch.Size, tolerance: float) -> float:
+    """The size of a residual beside that of `scale`; raise if it is above the tolerance."""
+    error, size = (float(torch.linalg.vector_norm(t)) for t in (residual, scale))
     # Not error / size > tolerance: the zero matrix has an exact decomposition of norm zero.
     if error > tolerance * size:
         raise ConvergenceError(
-            f"singular triplets of matrix {tuple(matrix.shape)}: backward error {error:.2e} "
+            f"singular triplets of matrix {tuple(shape)}: backward error {error:.2e} "
             f"exceeds tolerance {tolerance:.2e} of norm {size:.2e}. Raise the tolerance."
         )
     return error / size if size > 0 else 0.0

@@ -8,7 +8,7 @@ from torch import nn
 
 from tether import linalg, sites
 from tether.config import LoraConfig, Plan, plan
-from tether.errors import TetherError
+from tether.errors import ShapeMismatchError, TetherError
 from tether.fingerprints import fingerprint_tensor
 from tether.methods import Context, Method
 from tether.value import Adapter, Factors, Fingerprint, LayerAdapter, Progress, Provenance
@@ -112,6 +112,11 @@ def _start_site(
         factors = method.start(matrix, item.rank, Context(path, item.scaling, generator))
     except TetherError as error:
         raise type(error)(f"site {path!r}: {error}") from error
+    if (factors.rank, factors.shape) != (item.rank, tuple(matrix.shape)):
+        raise ShapeMismatchError(
+            f"site {path!r}: method {method.name!r} gave factors of rank {factors.rank} for a "
+            f"matrix {factors.shape}; wanted rank {item.rank} for {tuple(matrix.shape)}."
+        )
     factors = Factors(factors.A.cpu().contiguous(), factors.B.cpu().contiguous())
     for name, factor in (("A", factors.A), ("B", factors.B)):
         linalg.check_finite(factor, f"site {path!r}: factor {name} of method {method.name!r}")

@@ -171,6 +171,17 @@ class LayerAdapter:
             )
         if not (math.isfinite(self.scaling) and self.scaling > 0):
             raise ConfigError(f"scaling {self.scaling} must be finite and positive.")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"dropout {self.dropout} is not in [0, 1).")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The widest dtype of the factors, float32 at least: nothing is lost in it."""
+        factors = [self.trainable, *([] if self.anchor is None else [self.anchor])]
+        dtype = torch.float32
+        for tensor in (t for f in factors for t in (f.A, f.B)):
+            dtype = torch.promote_types(dtype, tensor.dtype)
+        return dtype
 
     @property
     def rank(self) -> int:
@@ -204,7 +215,7 @@ class Fingerprint:
     sha256: str
     sha256_bfloat16: str
     sha256_float16: str
-    norm: float
+    norm: float = field(compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,8 +243,21 @@ class Provenance:
     fingerprints: Mapping[str, Fingerprint] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Freeze the mapping."""
+        """Check the types, so that what is saved can be loaded; freeze the mapping."""
+        self._check("method", str)
+        for name in ("tether_version", "base_model", "base_class"):
+            self._check(name, str, type(None))
+        for name in ("seed", "steps"):
+            self._check(name, int, type(None))
+        self._check("learning_rate", int, float, type(None))
+        if self.learning_rate is not None and not math.isfinite(self.learning_rate):
+            raise ConfigError(f"provenance: learning_rate {self.learning_rate} is not finite.")
         object.__setattr__(self, "fingerprints", MappingProxyType(dict(self.fingerprints)))
+
+    def _check(self, name: str, *kinds: type) -> None:
+        value = getattr(self, name)
+        if type(value) not in kinds:
+            raise ConfigError(f"provenance: {name} cannot be {value!r}.")
 
     def __reduce__(self) -> tuple[object, ...]:
         """Copy and pickle by value: a mapping proxy can do neither."""

@@ -27,7 +27,7 @@ def model_card(adapter: Adapter, dtype: str) -> str:
         "steps": origin.steps,
         "seed": origin.seed,
     }
-    rows = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if value is not None)
+    rows = "\n".join(f"| {k} | {_cell(v)} |" for k, v in facts.items() if v is not None)
     metadata = ["library_name: peft", "tags:", "- lora", "- tether"]
     if base is not None:
         # JSON strings are YAML strings: a name from elsewhere cannot break out of its line.
@@ -58,4 +58,12 @@ all LoRA runtimes read it alike.
 
 
 def _quoted(text: str) -> str:
-    return json.dumps(text)
+    """A string for YAML and Python alike: JSON, with what YAML does not print escaped."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in quoted)
+
+
+def _cell(value: object) -> str:
+    """One cell of a table, whatever a file of others put there."""
+    text = " ".join(str(value).split())
+    return text.replace("|", "\\|").replace("<", "&lt;")

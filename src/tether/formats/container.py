@@ -1,6 +1,7 @@
 """Reading a safetensors file that may be hostile: bounded, named errors, never a pickle."""
 
 import json
+import math
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -61,7 +62,12 @@ def parse_json(text: str, where: str, limit: int = MAX_HEADER) -> Json:
     if len(text) > limit:
         raise HeaderError(f"{where}: {len(text)} characters exceed the limit of {limit}.")
     try:
-        value: Json = json.loads(text, object_pairs_hook=_no_repeats, parse_constant=_no_constant)
+        value: Json = json.loads(
+            text,
+            object_pairs_hook=_no_repeats,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+        )
     except (ValueError, RecursionError) as error:
         raise HeaderError(f"{where}: not valid JSON: {error}.") from error
     return value
@@ -97,6 +103,13 @@ def _no_repeats(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
     if len(result) != len(pairs):
         raise ValueError("a key is repeated")
     return result
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is out of range")
+    return value
 
 
 def _no_constant(text: str) -> None:

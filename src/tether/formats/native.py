@@ -138,8 +138,12 @@ def _tensors(layer: LayerAdapter) -> dict[str, Tensor]:
     else:
         pairs = {"dA": layer.trainable.A, "dB": layer.trainable.B}
         pairs |= {"A0": layer.anchor.A, "B0": layer.anchor.B}
-    wide = torch.promote_types(layer.trainable.A.dtype, torch.float32)
-    return {name: t.detach().to("cpu", wide).contiguous() for name, t in pairs.items()}
+    contiguous = torch.contiguous_format
+    # Copies: a file holds every tensor by itself, also where two share memory.
+    return {
+        name: t.detach().to("cpu", layer.dtype, copy=True, memory_format=contiguous)
+        for name, t in pairs.items()
+    }
 
 
 def _metadata(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -162,7 +166,12 @@ def _metadata(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str]
         "excluded": list(adapter.excluded),
         "layers": layers,
     }
-    text = json.dumps(header, allow_nan=False)
+    try:
+        text = json.dumps(header, allow_nan=False)
+    except ValueError as error:
+        raise ConfigError(
+            f"the adapter's settings or provenance hold NaN or Inf: {error}."
+        ) from error
     digests = json.dumps({name: digest(tensor) for name, tensor in tensors.items()})
     return {
         "format": FORMAT,
@@ -232,15 +241,12 @@ def _decode_layer(site: str, entry: dict[str, Json], tensors: dict[str, Tensor])
     anchored = _get(entry, "anchored", bool)
     shape = tuple(_typed(n, int, "shape") for n in _get(entry, "shape", list))
     layout = Layout(_get(entry, "kind", str), shape, _get(entry, "common", bool))  # type: ignore[arg-type]
-    dropout = _get(entry, "dropout", float)
-    if not 0 <= dropout < 1:
-        raise ConfigError(f"site {site!r}: dropout {dropout} is not in [0, 1).")
     return LayerAdapter(
         trainable=factors("dA", "dB") if anchored else factors("A", "B"),
         anchor=factors("A0", "B0") if anchored else None,
         scaling=_get(entry, "scaling", float),
         layout=layout,
-        dropout=dropout,
+        dropout=_get(entry, "dropout", float),
     )
 
 

@@ -75,7 +75,7 @@ def register(name: str) -> Callable[[M], M]:
     def add(cls: M) -> M:
         if name in _METHODS:
             raise ConfigError(f"method {name!r} is already {_METHODS[name].__qualname__}.")
-        if not dataclasses.is_dataclass(cls):
+        if not (dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen):  # type: ignore[attr-defined]
             raise ConfigError(f"method {name!r}: {cls.__qualname__} must be a frozen dataclass.")
         cls.name = name  # type: ignore[attr-defined]
         _METHODS[name] = cls

@@ -19,7 +19,7 @@ class MiLoRA:
     """Start from the `rank` smallest singular triplets, leaving the principal ones alone.
 
     Attributes:
-        tolerance: largest backward error of the decomposition, relative to W (Frobenius).
+        tolerance: largest backward error of the decomposition, see `linalg.TruncatedSVD`.
     """
 
     tolerance: float = 1e-5
