@@ -86,7 +86,7 @@ def check_fingerprint(path: str, tensor: Tensor, expected: Fingerprint) -> None:
         f"site {path!r}: the base weight here is {found.dtype} {found.shape} "
         f"sha256 {found.sha256[:12]}…, the adapter was made on {expected.dtype} "
         f"{expected.shape} sha256 {expected.sha256[:12]}…. Load the base model that the adapter "
-        "was made on, or pass verify=False if you know that it belongs here."
+        "was made on, or insist with verify=False (--no-verify) if you know that it belongs here."
     )
 
 

@@ -105,6 +105,19 @@ def append_line(path: str | os.PathLike[str], line: str) -> None:
         file.write(line + "\n")
 
 
+def remove(path: str | os.PathLike[str]) -> None:
+    """Remove a file, where there is one.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        WriteError: it cannot be removed.
+    """
+    with _named_errors(Path(path)):
+        Path(path).unlink(missing_ok=True)
+
+
 def make_directory(path: str | os.PathLike[str]) -> None:
     """Make a folder and its parents.
 
@@ -116,6 +129,26 @@ def make_directory(path: str | os.PathLike[str]) -> None:
     """
     with _named_errors(Path(path)):
         Path(path).mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def new_directory(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Make a folder for the files written within the block.
+
+    Args:
+        path: of the folder; one that is there is kept, whatever happens.
+
+    Yields:
+        nothing; if the block fails, a folder that was made for it is removed again.
+    """
+    there = Path(path).exists()
+    make_directory(path)
+    try:
+        yield
+    except BaseException:
+        if not there:
+            shutil.rmtree(path, ignore_errors=True)
+        raise
 
 
 def _check_replaceable(target: Path, files: Collection[str]) -> None:

@@ -106,7 +106,7 @@ def _start_site(
     path, layout = item.site.path, item.site.layout
     weight = sites.base_weight(path, model.get_submodule(path)).detach()
     linalg.check_finite(weight, f"site {path!r}: weight {tuple(weight.shape)}")
-    generator = torch.Generator().manual_seed(_seed(config.seed, path))
+    generator = torch.Generator().manual_seed(seed_for(config.seed, path))
     matrix = layout.matrix(weight).float()
     try:
         factors = method.start(matrix, item.rank, Context(path, item.scaling, generator))
@@ -126,7 +126,15 @@ def _start_site(
     return layer, fingerprint_tensor(weight)
 
 
-def _seed(seed: int, path: str) -> int:
-    """A seed for one site that does not depend on the other sites."""
-    digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
+def seed_for(seed: int, name: str) -> int:
+    """A seed for one of many uses, that does not depend on the others.
+
+    Args:
+        seed: the user's.
+        name: of the use, such as a site's path.
+
+    Returns:
+        63 bits.
+    """
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

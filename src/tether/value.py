@@ -100,9 +100,10 @@ class Factors:
     def __post_init__(self) -> None:
         """Check that the two fit together."""
         a, b = tuple(self.A.shape), tuple(self.B.shape)
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] < 1:
             raise ShapeMismatchError(
-                f"factors A {a} and B {b} do not multiply as B·A. Give A (r, in) and B (out, r)."
+                f"factors A {a} and B {b} do not multiply as B·A. Give A (r, in) and B (out, r), "
+                "r at least 1."
             )
         if not (self.A.is_floating_point() and self.B.is_floating_point()):
             raise ConfigError(

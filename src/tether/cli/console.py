@@ -33,8 +33,9 @@ DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback o
 
 # Wide enough for the paths of sites where there is no terminal to fit into.
 _WIDTH = None if sys.stdout.isatty() else 120
-out = Console(highlight=False, width=_WIDTH)
-err = Console(stderr=True, highlight=False)
+# No markup: names from files and paths are shown as they are.
+out = Console(highlight=False, markup=False, emoji=False, width=_WIDTH)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 @contextmanager
@@ -96,9 +97,9 @@ class Bars(Reporter):
         """Choose where to draw.
 
         Args:
-            quiet: draw nothing.
+            quiet: draw nothing; neither is anything drawn where there is no terminal.
         """
-        self._quiet = quiet
+        self._quiet = quiet or not sys.stderr.isatty()
         self._progress: Progress | None = None
 
     @contextmanager
@@ -169,5 +170,4 @@ def _progress() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=console,
-        transient=not console.is_terminal,
     )

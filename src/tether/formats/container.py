@@ -7,10 +7,13 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from tether.errors import HeaderError, PickleRefusedError, TruncatedFileError
+from tether.errors import HeaderError, NotAnAdapterError, PickleRefusedError, TruncatedFileError
 from tether.value import Json
 
 MAX_HEADER = 64 * 2**20  # bytes; about 100,000 sites
+
+
+DAMAGED = "The file is damaged. Copy or download it again."
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -60,7 +63,7 @@ def parse_json(text: str, where: str, limit: int = MAX_HEADER) -> Json:
         HeaderError: it is malformed or too large.
     """
     if len(text) > limit:
-        raise HeaderError(f"{where}: {len(text)} characters exceed the limit of {limit}.")
+        raise HeaderError(f"{where}: {len(text)} characters exceed the limit of {limit}. {DAMAGED}")
     try:
         value: Json = json.loads(
             text,
@@ -69,15 +72,31 @@ def parse_json(text: str, where: str, limit: int = MAX_HEADER) -> Json:
             parse_float=_finite,
         )
     except (ValueError, RecursionError) as error:
-        raise HeaderError(f"{where}: not valid JSON: {error}.") from error
+        raise HeaderError(f"{where}: not valid JSON: {error}. {DAMAGED}") from error
     return value
 
 
+def check_file(path: Path) -> None:
+    """Raise unless a path is an ordinary file: reading a pipe or a device may never end.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        NotAnAdapterError: it is something else.
+    """
+    if not path.is_file():
+        raise NotAnAdapterError(f"{path}: is not an ordinary file. Give the path of one.")
+
+
 def _check_start(path: Path) -> None:
+    check_file(path)
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(8)
-    if start[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        start, brace = file.read(8), file.read(1)
+    pickled = start[:4] == b"PK\x03\x04" or (start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5")
+    # A header's length may begin with the same bytes; its first character then follows.
+    if pickled and brace != b"{":
         raise PickleRefusedError(
             f"{path}: is a pickle (a torch.save file); reading it can run code, so it is refused. "
             "Where you trust it, load it with torch.load(…, weights_only=True) and write it with "

@@ -28,6 +28,7 @@ from tether.errors import (
     ConfigError,
     DigestError,
     HeaderError,
+    NonFiniteError,
     NotAnAdapterError,
     ShapeMismatchError,
 )
@@ -37,6 +38,7 @@ from tether.linalg import check_finite
 from tether.value import Adapter, Factors, Fingerprint, Json, LayerAdapter, Layout, Provenance
 
 FORMAT, VERSION = "tether", "1"
+_LAYER_FIELDS = ("path", "kind", "shape", "common", "scaling", "dropout", "anchored")
 
 
 def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
@@ -83,12 +85,14 @@ def load(path: Path) -> Adapter:
             f"{path}: format version {metadata.get('version')!r}; this tether reads {VERSION!r}. "
             "Read it with the tether that wrote it, or a newer one."
         )
-    _check_digests(path, tensors, metadata)
-    header = container.parse_json(metadata["adapter"], f"{path}: metadata 'adapter'")
     try:
+        _check_digests(path, tensors, metadata)
+        header = container.parse_json(metadata["adapter"], f"{path}: metadata 'adapter'")
         return _decode(header, dict(tensors))
-    except (ConfigError, ShapeMismatchError, TypeError) as error:
-        raise HeaderError(f"{path}: {error}") from error
+    except (ConfigError, ShapeMismatchError, OverflowError) as error:
+        raise HeaderError(f"{path}: {error} {container.DAMAGED}") from error
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{path}: {error}") from error
 
 
 def digest(tensor: Tensor) -> str:
@@ -185,7 +189,7 @@ def _metadata(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str]
 def _check_digests(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     for key in ("adapter", "digests", "digest"):
         if key not in metadata:
-            raise HeaderError(f"{path}: metadata {key!r} is missing. The file is damaged.")
+            raise ConfigError(f"metadata {key!r} is missing.")
     found = digest_texts(metadata["version"], metadata["adapter"], metadata["digests"])
     if found != metadata["digest"]:
         raise DigestError(
@@ -195,7 +199,7 @@ def _check_digests(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
     digests = _typed(container.parse_json(metadata["digests"], f"{path}: digests"), dict, "digests")
     if set(digests) != set(tensors):
         odd = sorted(set(digests) ^ set(tensors))[0]
-        raise HeaderError(f"{path}: tensor {odd!r} is in the file or in its digests, not in both.")
+        raise ConfigError(f"tensor {odd!r} is in the file or in its digests, not in both.")
     for name, tensor in tensors.items():
         found = digest(tensor)
         if found != digests[name]:
@@ -206,14 +210,17 @@ def _check_digests(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
 
 
 def _decode(header: Json, tensors: dict[str, Tensor]) -> Adapter:
-    fields = _typed(header, dict, "adapter")
+    fields = _exactly(header, "config", "provenance", "targets", "excluded", "layers")
     layers = {}
     for item in _get(fields, "layers", list):
-        entry = _typed(item, dict, "layers")
+        entry = _exactly(item, *_LAYER_FIELDS)
         site = _get(entry, "path", str)
         if site in layers:
             raise ConfigError(f"site {site!r} is listed twice.")
-        layers[site] = _decode_layer(site, entry, tensors)
+        try:
+            layers[site] = _decode_layer(site, entry, tensors)
+        except (ConfigError, ShapeMismatchError) as error:
+            raise ConfigError(f"site {site!r}: {error}") from error
     if tensors:
         raise ConfigError(f"tensor {sorted(tensors)[0]!r} belongs to no layer.")
     return Adapter(
@@ -241,9 +248,14 @@ def _decode_layer(site: str, entry: dict[str, Json], tensors: dict[str, Tensor])
     anchored = _get(entry, "anchored", bool)
     shape = tuple(_typed(n, int, "shape") for n in _get(entry, "shape", list))
     layout = Layout(_get(entry, "kind", str), shape, _get(entry, "common", bool))  # type: ignore[arg-type]
+    trainable = factors("dA", "dB") if anchored else factors("A", "B")
+    anchor = factors("A0", "B0") if anchored else None
+    pairs = [trainable] if anchor is None else [trainable, anchor]
+    if len({tensor.dtype for pair in pairs for tensor in (pair.A, pair.B)}) > 1:
+        raise ConfigError("its tensors mix float32 and float64.")
     return LayerAdapter(
-        trainable=factors("dA", "dB") if anchored else factors("A", "B"),
-        anchor=factors("A0", "B0") if anchored else None,
+        trainable=trainable,
+        anchor=anchor,
         scaling=_get(entry, "scaling", float),
         layout=layout,
         dropout=_get(entry, "dropout", float),
@@ -251,12 +263,10 @@ def _decode_layer(site: str, entry: dict[str, Json], tensors: dict[str, Tensor])
 
 
 def _decode_provenance(fields: dict[str, Json]) -> Provenance:
-    known = {f.name for f in dataclasses.fields(Provenance)}
-    if set(fields) != known:
-        raise ConfigError(f"provenance has fields {sorted(fields)}, not {sorted(known)}.")
+    fields = _exactly(fields, *(f.name for f in dataclasses.fields(Provenance)))
     prints = {}
     for site, item in _get(fields, "fingerprints", dict).items():
-        entry = _typed(item, dict, "fingerprints")
+        entry = _exactly(item, *(f.name for f in dataclasses.fields(Fingerprint)))
         prints[site] = Fingerprint(
             shape=tuple(_typed(n, int, "shape") for n in _get(entry, "shape", list)),
             dtype=_get(entry, "dtype", str),
@@ -277,6 +287,18 @@ def _decode_provenance(fields: dict[str, Json]) -> Provenance:
     )
 
 
+def _exactly(value: Json, *names: str) -> dict[str, Json]:
+    """A table with exactly these fields."""
+    fields = _typed(value, dict, "header")
+    for name in names:
+        if name not in fields:
+            raise ConfigError(f"field {name!r} is missing.")
+    for name in fields:
+        if name not in names:
+            raise ConfigError(f"field {name!r} does not belong there.")
+    return fields
+
+
 def _texts(fields: dict[str, Json], name: str) -> tuple[str, ...]:
     return tuple(_typed(text, str, name) for text in _get(fields, name, list))
 
@@ -286,6 +308,7 @@ Expected = TypeVar("Expected")
 
 def _typed(value: Any, kind: type[Expected], name: str) -> Expected:
     """`value` if it is of the JSON type wanted (a whole number is a float too)."""
+    # OverflowError, for a number beyond float, is caught with the other errors.
     if kind is float and type(value) is int:
         return float(value)  # type: ignore[return-value]
     if type(value) is not kind:

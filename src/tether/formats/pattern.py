@@ -33,8 +33,8 @@ def first_match(patterns: Mapping[str, Json], path: str) -> Json:
         raise UnsupportedAdapterError(f"{len(patterns)} patterns; at most {_MAX_KEYS} are read.")
     for key, value in patterns.items():
         tokens, anchored = _tokens(key)
-        starts = [0] if anchored else [0, *(i + 1 for i, c in enumerate(path) if c == ".")]
-        if any(_matches(tokens, path[start:]) for start in starts):
+        starts = {0} if anchored else {0, *(i + 1 for i, c in enumerate(path) if c == ".")}
+        if _matches(tokens, path, starts):
             return value
     return None
 
@@ -62,9 +62,12 @@ def _tokens(key: str) -> tuple[list[object], bool]:
     return tokens, anchored
 
 
-def _matches(tokens: list[object], text: str) -> bool:
-    """Whether the tokens match all of the text; time is their product, whatever they are."""
-    reachable = {0}
+def _matches(tokens: list[object], text: str, starts: set[int]) -> bool:
+    """Whether the tokens match the text from one of the starts to its end.
+
+    All starts at once: time is tokens times text, whatever they are.
+    """
+    reachable = starts
     for token in tokens:
         if token is _ANY:
             reachable = set(range(min(reachable), len(text) + 1))

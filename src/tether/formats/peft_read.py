@@ -28,6 +28,7 @@ from tether.value import Adapter, Factors, Json, LayerAdapter, Layout, Provenanc
 
 _MAX_CONFIG = 4 * 2**20  # bytes of adapter_config.json
 # Starts whose B·A is zero: the factors in the file act on the base itself.
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 # Fields that are read, or that say nothing about what the tensors mean. Any other field that is
 # set is refused: it may change the model.
@@ -67,14 +68,16 @@ def load(folder: Path) -> Adapter:
     config = _read_config(folder)
     _refuse_unsupported(folder, config)
     weights = folder / names.WEIGHTS
-    if not weights.exists():
+    if not weights.is_file():
         if (folder / names.PICKLED_WEIGHTS).exists():
             raise PickleRefusedError(
                 f"{folder / names.PICKLED_WEIGHTS}: is a pickle; reading it can run code, so it is "
                 "refused. Where you trust it, load it with torch.load(…, weights_only=True) and "
                 f"write it with safetensors.torch.save_file as {names.WEIGHTS}."
             )
-        raise NotAnAdapterError(f"{folder}: there is no {names.WEIGHTS} in it.")
+        raise NotAnAdapterError(
+            f"{weights}: there is no such file. Give the whole folder of a PEFT adapter."
+        )
     tensors, _ = container.read(weights)
     base, factors = _split_base(tensors)
     try:
@@ -89,13 +92,15 @@ def load(folder: Path) -> Adapter:
             targets=targets,
             excluded=excluded,
         )
-    except (ConfigError, ShapeMismatchError) as error:
-        raise HeaderError(f"{weights}: {error}") from error
+    except (ConfigError, ShapeMismatchError, OverflowError) as error:
+        raise HeaderError(f"{weights}: {error} {container.DAMAGED}") from error
+    except UnsupportedAdapterError as error:
+        raise UnsupportedAdapterError(f"{weights}: {error}") from error
 
 
 def _read_config(folder: Path) -> dict[str, Json]:
     path = folder / names.CONFIG
-    if not path.exists():
+    if not path.is_file():
         raise NotAnAdapterError(
             f"{folder}: there is no {names.CONFIG} in it. Give the folder of a PEFT adapter, or a "
             "native adapter file."
@@ -141,20 +146,27 @@ def _decode(
     pairs: dict[str, dict[str, Tensor]] = {}
     embeddings = set()
     for key, tensor in tensors.items():
-        site, side, embedding = _parse_key(where, key)
-        if not tensor.is_floating_point():
-            raise ConfigError(f"tensor {key!r} is {tensor.dtype}, not floating point.")
-        check_finite(tensor, f"{where}: tensor {key!r}")
-        pairs.setdefault(site, {})[side] = tensor.to(torch.float32, copy=True)
+        site, side, embedding = _parse_key(key)
+        if tensor.dtype not in _DTYPES:
+            raise ConfigError(f"tensor {key!r} is {tensor.dtype}, not one of {_DTYPES}.")
+        pair = pairs.setdefault(site, {})
+        if side in pair:
+            raise ConfigError(f"site {site!r} has two factors {side}.")
+        pair[side] = tensor.to(torch.float32, copy=True)
+        # After the cast: float64 holds more than float32.
+        check_finite(pair[side], f"{where}: tensor {key!r} in float32")
         if embedding:
             embeddings.add(site)
-    layers = {}
+    layers, transposed = {}, _flag(config, "fan_in_fan_out")
     for site, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             missing = "lora_B" if "A" in pair else "lora_A"
             raise ConfigError(f"site {site!r} has no {missing}.")
-        transposed = bool(config.get("fan_in_fan_out"))
         factors, layout = _view(pair["A"], pair["B"], site in embeddings, transposed)
+        if not config.get("rank_pattern") and config.get("r") != factors.rank:
+            raise ConfigError(
+                f"site {site!r}: its rank is {factors.rank}, r is {config.get('r')!r}."
+            )
         layers[site] = LayerAdapter(
             trainable=factors,
             anchor=None,
@@ -165,7 +177,7 @@ def _decode(
     return layers
 
 
-def _parse_key(where: Path, key: str) -> tuple[str, str, bool]:
+def _parse_key(key: str) -> tuple[str, str, bool]:
     """Split a key into site, side and whether it is an embedding's."""
     endings = {
         names.A: ("A", False),
@@ -176,13 +188,11 @@ def _parse_key(where: Path, key: str) -> tuple[str, str, bool]:
     for ending, (side, embedding) in endings.items():
         if key.startswith(names.PREFIX) and key.endswith(ending):
             return key[len(names.PREFIX) : -len(ending)], side, embedding
-    raise UnsupportedAdapterError(
-        f"{where}: tensor {key!r} is not part of a plain LoRA, and would be lost."
-    )
+    raise UnsupportedAdapterError(f"tensor {key!r} is not part of a plain LoRA, and would be lost.")
 
 
 def _view(a: Tensor, b: Tensor, embedding: bool, transposed: bool) -> tuple[Factors, Layout]:
-    if a.dim() > 2 and a.dim() == b.dim():
+    if a.dim() > 2 and a.dim() == b.dim() and b[0, 0].numel() == 1:
         layout = Layout("conv", (b.shape[0], *a.shape[1:]))
         return Factors(a.flatten(1), b.flatten(1)), layout
     factors = Factors(a, b)
@@ -202,7 +212,7 @@ def _scaling(config: dict[str, Json], site: str, rank: int) -> float:
     alpha = _number(config, "lora_alpha", 8.0) if alpha is None else alpha
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not alpha > 0:
         raise ConfigError(f"site {site!r}: alpha {alpha!r} is not a positive number.")
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") is True else rank)
+    return float(alpha) / (math.sqrt(rank) if _flag(config, "use_rslora") else rank)
 
 
 def _split_base(
@@ -217,7 +227,7 @@ def _split_base(
         found = _BASE_LAYER.fullmatch(key)
         if found is None:
             factors[key] = tensor
-        elif found[2] == "weight" and tensor.is_floating_point():
+        elif found[2] == "weight" and tensor.dtype in _DTYPES:
             base[found[1]] = tensor
     return base, factors
 
@@ -246,6 +256,13 @@ def _plain_names(value: Json) -> bool:
 def _base_model(config: dict[str, Json]) -> str | None:
     name = config.get("base_model_name_or_path")
     return name if isinstance(name, str) and name else None
+
+
+def _flag(config: dict[str, Json], field: str) -> bool:
+    value = config.get(field)
+    if not (value is None or isinstance(value, bool)):
+        raise ConfigError(f"{field} is {value!r}, not true or false.")
+    return bool(value)
 
 
 def _number(config: dict[str, Json], field: str, default: float) -> float:

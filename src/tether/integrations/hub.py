@@ -33,8 +33,6 @@ def load_model(name: str, dtype: torch.dtype, device: str) -> nn.Module:
     """
     transformers = import_transformers()
     _check_folder(name)
-    with _named(name):
-        _download(name)
     with quietly(transformers), _named(name):
         model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=False
@@ -61,17 +59,28 @@ def load_tokenizer(name: str) -> Any:
         return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
-def _download(name: str) -> None:
-    """Bring a hub model into the local cache, with the hub's own progress bars."""
+def fetch(name: str) -> None:
+    """Bring a hub model into the local cache, with the hub's own progress bars.
+
+    Args:
+        name: a folder, which is left alone, or an id on the hub.
+
+    Raises:
+        ModelError: it cannot be found, or the hub cannot be reached and it is not cached.
+        MissingExtraError: transformers is not installed.
+    """
+    import_transformers()
+    _check_folder(name)
     if Path(name).is_dir():
         return
     import huggingface_hub
 
-    huggingface_hub.snapshot_download(
-        name,
-        allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
-        ignore_patterns=["original/*", "consolidated*", "onnx/*"],
-    )
+    with _named(name):
+        huggingface_hub.snapshot_download(
+            name,
+            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+            ignore_patterns=["original/*", "consolidated*", "onnx/*"],
+        )
 
 
 def import_transformers() -> Any:

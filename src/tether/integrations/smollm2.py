@@ -33,7 +33,7 @@ def cache_folder() -> Path:
     Returns:
         the folder; it need not exist.
     """
-    if "TETHER_CACHE" in os.environ:
+    if os.environ.get("TETHER_CACHE"):
         return Path(os.environ["TETHER_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tether"
 

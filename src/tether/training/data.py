@@ -125,12 +125,15 @@ def load(path: str | None, tokenizer: Any, block: int) -> Sequences:
     return _examples(path, [record for _, record in records], tokenizer, block)
 
 
-def split(sequences: Sequences, held_out: float) -> tuple[Sequences, Sequences]:
+def split(
+    sequences: Sequences, held_out: float, where: str = "the text"
+) -> tuple[Sequences, Sequences]:
     """Keep a part for evaluation: of running text the end, of examples every n-th.
 
     Args:
         sequences: at least two.
         held_out: share to hold out, in (0, 1).
+        where: what to call the text in the message.
 
     Returns:
         for training, for evaluation; neither is empty.
@@ -142,7 +145,7 @@ def split(sequences: Sequences, held_out: float) -> tuple[Sequences, Sequences]:
     count = min(max(1, round(n * held_out)), n - 1)
     if count < 1:
         raise DataError(
-            f"the text makes {n} sequence; at least 2 are needed to train and to evaluate. "
+            f"{where}: makes {n} sequence; at least 2 are needed to train and to evaluate. "
             "Give more text, a smaller --block, or --eval-data."
         )
     last = range(n - count, n) if sequences.packed else (i * n // count for i in range(count))
@@ -156,7 +159,8 @@ def _python_documentation() -> str:
 
 
 def _records(path: str, content: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in enumerate(content.splitlines(), start=1):
+    # Not splitlines: JSON may hold other characters that Python takes for the end of a line.
+    for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
@@ -164,6 +168,10 @@ def _records(path: str, content: str) -> Iterator[tuple[str, dict[str, Any]]]:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not valid JSON: {error}.") from error
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{where}: holds half a character (\\ud800 to \\udfff).") from error
         kind = _kind(record)
         if kind is None:
             keys = sorted(record) if isinstance(record, dict) else type(record).__name__
@@ -246,7 +254,8 @@ def _chat(record: dict[str, Any], tokenizer: Any) -> list[tuple[list[int], bool]
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _render(record, tokenizer, messages[:index], prompt=True)
+        # Templates refuse an empty chat: what opens it has no prompt.
+        before = _render(record, tokenizer, messages[:index], prompt=True) if index else ""
         after = _render(record, tokenizer, messages[: index + 1], prompt=False)
         if not (before.startswith(done) and after.startswith(before)):
             raise DataError(

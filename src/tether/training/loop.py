@@ -9,6 +9,7 @@ from torch import nn
 
 from tether.errors import NonFiniteError
 from tether.handle import Handle
+from tether.start import seed_for
 from tether.training.data import Sequences
 from tether.training.evaluate import token_loss
 from tether.training.settings import Settings
@@ -129,7 +130,7 @@ def order(number: int, count: int, per_step: int, seed: int) -> list[int]:
 
     def endless(epoch: int, position: int) -> Iterator[int]:
         while True:
-            generator = torch.Generator().manual_seed((seed << 20) + epoch)
+            generator = torch.Generator().manual_seed(seed_for(seed, f"epoch {epoch}"))
             yield from torch.randperm(count, generator=generator).tolist()[position:]
             epoch, position = epoch + 1, 0
 

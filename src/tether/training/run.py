@@ -1,6 +1,5 @@
 """A whole training run: from settings to the files in one folder, resumable at any step."""
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -13,21 +12,20 @@ from torch import nn
 
 from tether import formats, fs
 from tether.attach import attach
-from tether.errors import ConfigError, DataError, HeaderError
+from tether.errors import ConfigError, DataError
 from tether.export import save_as_lora
-from tether.formats import container
 from tether.handle import Handle
 from tether.integrations import hub, smollm2
 from tether.start import init
 from tether.switch import reference
-from tether.training import checkpoint, loop
+from tether.training import checkpoint, log, loop
 from tether.training.data import Sequences, load, split
 from tether.training.evaluate import Evaluation, evaluate
 from tether.training.report import Reporter
 from tether.training.settings import DTYPES, Settings
 
 ADAPTER, CHECKPOINT, LORA = "adapter.safetensors", "checkpoint.safetensors", "lora"
-METRICS, RUN = "metrics.jsonl", "run.json"
+METRICS, RUN = log.METRICS, log.RUN
 
 
 @dataclass(slots=True)
@@ -95,10 +93,11 @@ class Run:
             "device": str(next(self.model.parameters()).device),
             "versions": {name: version(name) for name in names},
             "data_sha256": self.data.digest(),
+            "held_out_sha256": self.held_out.digest(),
             "sequences": {"train": len(self.data), "held_out": len(self.held_out)},
             "settings": self.settings.to_dict(),
         }
-        fs.write_text(self.out / RUN, json.dumps(record, indent=2) + "\n")
+        log.write_record(self.out, record)
 
 
 def prepare(settings: Settings, out: Path, *, overwrite: bool, reporter: Reporter) -> Run:
@@ -132,10 +131,12 @@ def prepare(settings: Settings, out: Path, *, overwrite: bool, reporter: Reporte
     run = Run(settings, out, model, tokenizer, handle, optimizer, data, held_out, reporter=reporter)
     with reference(model):
         run.losses["base"] = run.evaluate().loss
-    fs.make_directory(out)
-    fs.write_text(out / METRICS, "")
-    run.save()
-    run.describe("running")
+    with fs.new_directory(out):
+        # First the record: without one, what a replacement leaves half done is no run.
+        fs.remove(out / RUN)
+        fs.write_text(out / METRICS, "")
+        run.save()
+        run.describe("running")
     return run
 
 
@@ -155,22 +156,23 @@ def resume(out: Path, changes: dict[str, Any], reporter: Reporter) -> Run:
         DataError: the training text is not the same any more.
         FormatError: a file is damaged.
     """
-    record = _read_record(out)
-    settings = _changed(Settings.from_dict(record["settings"]), changes)
+    record = log.read_record(out)
+    before = log.settings_of(out, record)
+    settings = _changed(before, changes)
     model, tokenizer, data, held_out = _load(settings, reporter)
-    if data.digest() != record["data_sha256"]:
-        raise DataError(
-            f"{settings.data or 'the training text'}: is not what the run began with. Restore it, "
-            "or begin a new run in another --out."
-        )
+    _check_same(data, record["data_sha256"], settings.data)
+    _check_same(held_out, record["held_out_sha256"], settings.eval_data or settings.data)
     with reporter.task("Checking the base"):
         handle = attach(model, formats.load(out / ADAPTER))
     optimizer = loop.make_optimizer(handle, settings)
     step = checkpoint.load(out / CHECKPOINT, handle, optimizer)
-    losses = {str(k): float(v) for k, v in record["held_out_loss"].items()}
-    _cut_metrics(out / METRICS, step)
+    log.cut_metrics(out, step)
     run = Run(settings, out, model, tokenizer, handle, optimizer, data, held_out, step)
-    return replace(run, losses=losses, reporter=reporter)
+    run = replace(run, losses=dict(record["held_out_loss"]), reporter=reporter)
+    if settings.eval_limit != before.eval_limit:
+        with reference(model):
+            run.losses["base"] = run.evaluate().loss
+    return run
 
 
 def execute(run: Run, stop: Callable[[], bool] = lambda: False) -> None:
@@ -187,19 +189,23 @@ def execute(run: Run, stop: Callable[[], bool] = lambda: False) -> None:
     fs.make_directory(run.out)
     total = run.settings.total_steps(len(run.data))
     began, first = time.monotonic(), run.step
+    if first < total:
+        run.losses.pop("adapter", None)
+    if first and _due(run.settings.eval_every, first, total):
+        _evaluate_once(run)
     with run.reporter.task("Training") as task:
 
         def on_step(step: loop.Step) -> bool:
             run.step = step.number
             seconds = (time.monotonic() - began) / (step.number - first)
-            _log(run, step, seconds)
+            log.append_step(run.out, step, seconds)
             task.note(f"loss {step.loss:.4f}")
             task(step.number, total)
             run.stopped = stop()
             if _due(run.settings.save_every, step.number, total) and not run.stopped:
                 run.save()
             if _due(run.settings.eval_every, step.number, total) and not run.stopped:
-                _log_evaluation(run, run.evaluate())
+                _evaluate_once(run)
             return run.stopped
 
         task(first, total)
@@ -217,9 +223,7 @@ def execute(run: Run, stop: Callable[[], bool] = lambda: False) -> None:
     with run.reporter.task("Writing the plain LoRA"):
         save_as_lora(run.handle, run.out / LORA)
     if not run.stopped:
-        final = run.evaluate()
-        run.losses["adapter"] = final.loss
-        _log_evaluation(run, final)
+        run.losses["adapter"] = _evaluate_once(run)
     run.describe("interrupted" if run.stopped else "finished")
 
 
@@ -241,6 +245,7 @@ def load_base(settings: Settings, reporter: Reporter) -> tuple[nn.Module, Any]:
     if name is None:
         with reporter.task("Preparing the default model (once)"):
             name = str(smollm2.folder())
+    hub.fetch(name)
     with reporter.task("Loading the model"):
         tokenizer = hub.load_tokenizer(name)
         model = hub.load_model(name, DTYPES[settings.dtype], str(device))
@@ -282,7 +287,7 @@ def load_data(settings: Settings, tokenizer: Any) -> tuple[Sequences, Sequences]
     """
     data = load(settings.data, tokenizer, settings.block)
     if settings.eval_data is None:
-        return split(data, settings.held_out)
+        return split(data, settings.held_out, settings.data or "Python's documentation")
     return data, load(settings.eval_data, tokenizer, settings.block)
 
 
@@ -293,17 +298,12 @@ def _load(settings: Settings, reporter: Reporter) -> tuple[nn.Module, Any, Seque
     return model, tokenizer, data, held_out
 
 
-def _read_record(out: Path) -> dict[str, Any]:
-    path = out / RUN
-    if not path.exists():
-        raise ConfigError(f"{out}: there is no run to go on with ({RUN} is missing).")
-    record = container.parse_json(path.read_text(encoding="utf-8"), str(path))
-    wanted = {"settings": dict, "held_out_loss": dict, "data_sha256": str}
-    if not isinstance(record, dict) or not all(
-        isinstance(record.get(name), kind) for name, kind in wanted.items()
-    ):
-        raise HeaderError(f"{path}: not the record of a run; it needs {', '.join(wanted)}.")
-    return record
+def _check_same(sequences: Sequences, digest: str, path: str | None) -> None:
+    if sequences.digest() != digest:
+        raise DataError(
+            f"{path or 'the training text'}: is not what the run began with. Restore it, or begin "
+            "a new run in another --out."
+        )
 
 
 # What may differ when a run goes on; everything else would rewrite its past.
@@ -312,9 +312,13 @@ _FREE = ("steps", "epochs", "save_every", "eval_every", "eval_limit", "device")
 
 def _changed(settings: Settings, changes: dict[str, Any]) -> Settings:
     for name, value in changes.items():
-        owner: Any = settings.lora if name.startswith("lora.") else settings
-        before = getattr(owner, name.removeprefix("lora."))
-        value = tuple(value) if isinstance(before, tuple) else value
+        field = name.removeprefix("lora.")
+        if field != name:
+            # By way of the whole configuration: "pissa" and PiSSA() are the same.
+            lora = replace(settings.lora, **{field: value})
+            before, value = settings.lora.to_dict()[field], lora.to_dict()[field]
+        else:
+            before = getattr(settings, name)
         if name not in _FREE and value != before:
             raise ConfigError(
                 f"{name}: the run began with {before!r}; {value!r} would make it another run. "
@@ -323,29 +327,12 @@ def _changed(settings: Settings, changes: dict[str, Any]) -> Settings:
     return replace(settings, **{name: changes[name] for name in changes if name in _FREE})
 
 
-def _cut_metrics(path: Path, step: int) -> None:
-    """Drop what was logged after the checkpoint: those steps are run again."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
-    fs.write_text(path, "".join(line + "\n" for line in kept))
-
-
 def _due(every: int, number: int, total: int) -> bool:
     return every > 0 and number % every == 0 and number < total
 
 
-def _log(run: Run, step: loop.Step, seconds: float) -> None:
-    record = {
-        "step": step.number,
-        "loss": step.loss,
-        "learning_rate": step.learning_rate,
-        "gradient_norm": step.gradient_norm,
-        "tokens": step.tokens,
-        "seconds_per_step": round(seconds, 4),
-    }
-    fs.append_line(run.out / METRICS, json.dumps(record))
-
-
-def _log_evaluation(run: Run, evaluation: Evaluation) -> None:
-    record = {"step": run.step, "held_out_loss": evaluation.loss}
-    fs.append_line(run.out / METRICS, json.dumps(record))
+def _evaluate_once(run: Run) -> float:
+    """Evaluate now, and log it unless the log has it: a run may be resumed at any point."""
+    loss = run.evaluate().loss
+    log.append_evaluation(run.out, run.step, loss)
+    return loss

@@ -66,6 +66,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         """Check every value; raise ConfigError naming it."""
+        self._check_types()
         for name in ("batch_size", "accumulation", "eval_limit"):
             self._check(name, getattr(self, name) >= 1, "at least 1")
         self._check("block", self.block >= 2, "at least 2")
@@ -81,6 +82,16 @@ class Settings:
         self._check("warmup", 0 <= self.warmup < 1, "in [0, 1)")
         self._check("held_out", 0 < self.held_out < 1, "between 0 and 1")
         self._check("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+
+    def _check_types(self) -> None:
+        kinds = {"int": int, "float": (int, float), "bool": bool, "str": str}
+        for item in dataclasses.fields(self):
+            kind, _, optional = str(item.type).partition(" | ")
+            value = getattr(self, item.name)
+            if kind not in kinds or (optional and value is None):
+                continue
+            if not isinstance(value, kinds[kind]) or (kind != "bool" and isinstance(value, bool)):  # type: ignore[arg-type]
+                raise ConfigError(f"{item.name} must be {kind}, not {value!r}.")
 
     def _check(self, name: str, good: bool, wanted: str) -> None:
         if not good:
