@@ -20,7 +20,7 @@ def load_model(name: str, dtype: torch.dtype, device: str) -> nn.Module:
     """Load a causal language model, in eval mode. Pickled weights and remote code are refused.
 
     Args:
-        name: a folder, or an id on the hub.
+        name: a folder: of a hub model, the one that `fetch` returns.
         dtype: of its weights.
         device: "cpu", "cuda", …
 
@@ -35,7 +35,11 @@ def load_model(name: str, dtype: torch.dtype, device: str) -> nn.Module:
     _check_folder(name)
     with quietly(transformers), _named(name):
         model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            name,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,  # `fetch` has asked the hub already, once
         )
         return model.to(device).eval()
 
@@ -44,7 +48,7 @@ def load_tokenizer(name: str) -> Any:
     """Load the tokenizer of a model.
 
     Args:
-        name: a folder, or an id on the hub.
+        name: a folder: of a hub model, the one that `fetch` returns.
 
     Returns:
         a transformers tokenizer.
@@ -56,14 +60,19 @@ def load_tokenizer(name: str) -> Any:
     transformers = import_transformers()
     _check_folder(name)
     with quietly(transformers), _named(name):
-        return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return transformers.AutoTokenizer.from_pretrained(
+            name, trust_remote_code=False, local_files_only=True
+        )
 
 
-def fetch(name: str) -> None:
+def fetch(name: str) -> str:
     """Bring a hub model into the local cache, with the hub's own progress bars.
 
     Args:
         name: a folder, which is left alone, or an id on the hub.
+
+    Returns:
+        the folder: the one given, or the one in the cache.
 
     Raises:
         ModelError: it cannot be found, or the hub cannot be reached and it is not cached.
@@ -72,11 +81,11 @@ def fetch(name: str) -> None:
     import_transformers()
     _check_folder(name)
     if Path(name).is_dir():
-        return
+        return name
     import huggingface_hub
 
     with _named(name):
-        huggingface_hub.snapshot_download(
+        return huggingface_hub.snapshot_download(
             name,
             allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
             ignore_patterns=["original/*", "consolidated*", "onnx/*"],

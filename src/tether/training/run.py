@@ -245,10 +245,12 @@ def load_base(settings: Settings, reporter: Reporter) -> tuple[nn.Module, Any]:
     if name is None:
         with reporter.task("Preparing the default model (once)"):
             name = str(smollm2.folder())
-    hub.fetch(name)
+    folder = hub.fetch(name)
     with reporter.task("Loading the model"):
-        tokenizer = hub.load_tokenizer(name)
-        model = hub.load_model(name, DTYPES[settings.dtype], str(device))
+        tokenizer = hub.load_tokenizer(folder)
+        model = hub.load_model(folder, DTYPES[settings.dtype], str(device))
+    # What others will load it by, not where the cache keeps it.
+    model.config._name_or_path = name  # type: ignore[union-attr]
     if settings.checkpointing:
         hub.enable_checkpointing(model)
     return model, tokenizer
