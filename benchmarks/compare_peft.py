@@ -25,8 +25,7 @@ from torch import nn
 
 import tether
 from tether.cli.console import Bars, use_all_cores
-from tether.training import loop
-from tether.training import run as runs
+from tether.training import inputs, loop
 from tether.training.data import Sequences
 from tether.training.evaluate import evaluate, token_loss
 from tether.training.settings import Settings
@@ -45,11 +44,11 @@ class Bench:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        _, tokenizer = runs.load_base(settings, Bars())
-        self.data, self.held_out = runs.load_data(settings, tokenizer)
+        _, tokenizer = inputs.load_base(settings, Bars())
+        self.data, self.held_out = inputs.load_data(settings, tokenizer)
 
     def base(self) -> nn.Module:
-        return runs.load_base(self.settings, Bars(quiet=True))[0]
+        return inputs.load_base(self.settings, Bars(quiet=True))[0]
 
     def loss(self, model: nn.Module) -> float:
         return evaluate(model, self.held_out, 4, self.settings.eval_limit).loss

@@ -19,6 +19,7 @@ from torch import nn
 
 import tether
 from tether.cli.console import Bars, use_all_cores
+from tether.training import inputs
 from tether.training import run as runs
 from tether.training.evaluate import evaluate
 from tether.training.settings import Settings
@@ -111,7 +112,7 @@ def _in_new_process(out: Path, eval_limit: int) -> float:
 
 
 def _by_peft(run: runs.Run) -> float:
-    fresh, _ = runs.load_base(run.settings, Bars())
+    fresh, _ = inputs.load_base(run.settings, Bars())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model: nn.Module = PeftModel.from_pretrained(fresh, str(run.out / runs.LORA))

@@ -7,6 +7,9 @@ import torch
 import transformers
 from torch.distributed.device_mesh import DeviceMesh
 
+# The tensors here are small: more threads only wait for each other.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _fixed_random_state() -> None:

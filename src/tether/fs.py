@@ -64,7 +64,7 @@ def atomic_directory(path: str | os.PathLike[str], files: Collection[str]) -> It
     """
     with _named_errors(Path(path)):
         target = _real(path)
-        _check_replaceable(target, files)
+        check_replaceable(target, files)
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
         try:
@@ -151,7 +151,16 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
 
 
-def _check_replaceable(target: Path, files: Collection[str]) -> None:
+def check_replaceable(target: Path, files: Collection[str]) -> None:
+    """Raise unless a folder may be replaced: it is missing, or holds nothing but `files`.
+
+    Args:
+        target: the folder.
+        files: names that are ours.
+
+    Raises:
+        WriteError: naming what would be lost.
+    """
     if not target.exists():
         return
     if not target.is_dir():

@@ -73,7 +73,7 @@ def _show_native(output: Path, as_json: bool) -> None:
     if as_json:
         print_json({"written": str(output), "format": "native"})
     else:
-        out.print(f"wrote {output}")
+        out.print(f"wrote {output}", soft_wrap=True)
 
 
 def _show(report: ConversionReport, as_json: bool) -> None:
@@ -85,4 +85,4 @@ def _show(report: ConversionReport, as_json: bool) -> None:
         table.add_row(path, str(site.rank), f"{site.norm:.4g}", f"{site.error:.2e}")
     out.print(table)
     out.print(f"rank {report.rank}, {report.dtype}, relative error of all {report.error:.2e}")
-    out.print(f"wrote {report.path}")
+    out.print(f"wrote {report.path}", soft_wrap=True)

@@ -17,7 +17,7 @@ from tether.cli.console import (
     use_all_cores,
 )
 from tether.switch import reference
-from tether.training import run as runs
+from tether.training import inputs
 from tether.training.evaluate import Evaluation, evaluate
 from tether.training.settings import Settings
 
@@ -65,8 +65,8 @@ def command(
             device=device,
         )
         value = None if adapter is None else formats.load(adapter)
-        base, tokenizer = runs.load_base(settings, bars)
-        sequences = runs.load_held_out(settings, tokenizer)
+        base, tokenizer = inputs.load_base(settings, bars)
+        sequences = inputs.load_held_out(settings, tokenizer)
         results: dict[str, Evaluation] = {}
         if value is not None:
             with bars.task("Attaching"):

@@ -44,7 +44,7 @@ _LORA = {
     "alpha_pattern": "alpha_pattern",
 }
 _WRITTEN = (runs.ADAPTER, runs.LORA, runs.CHECKPOINT, runs.METRICS, runs.RUN)
-_NOT_SETTINGS = {"out_dir", "resume", "overwrite", "json_", "debug", *_LORA}
+_NOT_SETTINGS = {"out_dir", "verify", "resume", "overwrite", "json_", "debug", *_LORA}
 
 
 def command(
@@ -117,6 +117,9 @@ def command(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the run in --out.")
     ] = False,
+    verify: Annotated[
+        bool, typer.Option(help="With --resume: check that the base is the same.")
+    ] = True,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -130,7 +133,7 @@ def command(
         use_all_cores()
         bars = Bars(quiet=json_)
         if resume:
-            run = runs.resume(out_dir, _given(context), bars)
+            run = runs.resume(out_dir, _given(context), bars, verify=verify)
         else:
             values = {k: v for k, v in context.params.items() if k not in _NOT_SETTINGS}
             if data is None and steps is None and "epochs" not in _given(context):
@@ -227,7 +230,7 @@ def _print(run: Run, first: int) -> None:
     if not run.stopped:
         out.print(table)
     for name in _WRITTEN:
-        out.print(f"wrote {run.out / name}")
+        out.print(f"wrote {run.out / name}", soft_wrap=True)
     if run.stopped:
         out.print(
             f"stopped after step {run.step} (began at {first}); go on with: "

@@ -14,15 +14,16 @@ from tether import formats, fs
 from tether.attach import attach
 from tether.errors import ConfigError, DataError
 from tether.export import save_as_lora
+from tether.formats import peft_names
 from tether.handle import Handle
-from tether.integrations import hub, smollm2
 from tether.start import init
 from tether.switch import reference
 from tether.training import checkpoint, log, loop
-from tether.training.data import Sequences, load, split
+from tether.training.data import Sequences
 from tether.training.evaluate import Evaluation, evaluate
+from tether.training.inputs import load_all
 from tether.training.report import Reporter
-from tether.training.settings import DTYPES, Settings
+from tether.training.settings import Settings
 
 ADAPTER, CHECKPOINT, LORA = "adapter.safetensors", "checkpoint.safetensors", "lora"
 METRICS, RUN = log.METRICS, log.RUN
@@ -121,7 +122,9 @@ def prepare(settings: Settings, out: Path, *, overwrite: bool, reporter: Reporte
             f"{out}: holds a run already. Go on with it (--resume), choose another --out, or "
             "replace it (--overwrite)."
         )
-    model, tokenizer, data, held_out = _load(settings, reporter)
+    fs.check_replaceable(out / LORA, peft_names.FILES)
+    settings = replace(settings, **_absolute({n: getattr(settings, n) for n in _PATHS}))
+    model, tokenizer, data, held_out = load_all(settings, reporter)
     with reporter.task("Finding the anchors") as task:
         adapter = init(model, settings.lora, progress=task)
     torch.manual_seed(settings.seed)
@@ -140,13 +143,14 @@ def prepare(settings: Settings, out: Path, *, overwrite: bool, reporter: Reporte
     return run
 
 
-def resume(out: Path, changes: dict[str, Any], reporter: Reporter) -> Run:
+def resume(out: Path, changes: dict[str, Any], reporter: Reporter, *, verify: bool = True) -> Run:
     """Load everything for a run that was begun, at the step of its last checkpoint.
 
     Args:
         out: folder of its files.
         changes: settings given anew; only those that do not rewrite the past may differ.
         reporter: shows progress.
+        verify: check that the base is the one the run began on.
 
     Returns:
         a run that goes on as if it had not been interrupted, bit for bit.
@@ -158,12 +162,12 @@ def resume(out: Path, changes: dict[str, Any], reporter: Reporter) -> Run:
     """
     record = log.read_record(out)
     before = log.settings_of(out, record)
-    settings = _changed(before, changes)
-    model, tokenizer, data, held_out = _load(settings, reporter)
+    settings = _changed(before, _absolute(changes))
+    model, tokenizer, data, held_out = load_all(settings, reporter)
     _check_same(data, record["data_sha256"], settings.data)
     _check_same(held_out, record["held_out_sha256"], settings.eval_data or settings.data)
     with reporter.task("Checking the base"):
-        handle = attach(model, formats.load(out / ADAPTER))
+        handle = attach(model, formats.load(out / ADAPTER), verify=verify)
     optimizer = loop.make_optimizer(handle, settings)
     step = checkpoint.load(out / CHECKPOINT, handle, optimizer)
     log.cut_metrics(out, step)
@@ -227,79 +231,6 @@ def execute(run: Run, stop: Callable[[], bool] = lambda: False) -> None:
     run.describe("interrupted" if run.stopped else "finished")
 
 
-def load_base(settings: Settings, reporter: Reporter) -> tuple[nn.Module, Any]:
-    """The base model and its tokenizer.
-
-    Args:
-        settings: model, dtype and device are used.
-        reporter: shows progress.
-
-    Returns:
-        model in eval mode on its device, tokenizer.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-    device = settings.torch_device()
-    name = settings.model
-    if name is None:
-        with reporter.task("Preparing the default model (once)"):
-            name = str(smollm2.folder())
-    folder = hub.fetch(name)
-    with reporter.task("Loading the model"):
-        tokenizer = hub.load_tokenizer(folder)
-        model = hub.load_model(folder, DTYPES[settings.dtype], str(device))
-    # What others will load it by, not where the cache keeps it.
-    model.config._name_or_path = name  # type: ignore[union-attr]
-    if settings.checkpointing:
-        hub.enable_checkpointing(model)
-    return model, tokenizer
-
-
-def load_held_out(settings: Settings, tokenizer: Any) -> Sequences:
-    """Only the held-out sequences.
-
-    Args:
-        settings: eval_data used whole, or the held-out part of data.
-        tokenizer: of the model.
-
-    Returns:
-        for evaluation.
-
-    Raises:
-        DataError: the text cannot be used.
-    """
-    if settings.eval_data is not None:
-        return load(settings.eval_data, tokenizer, settings.block)
-    return load_data(settings, tokenizer)[1]
-
-
-def load_data(settings: Settings, tokenizer: Any) -> tuple[Sequences, Sequences]:
-    """The training and the held-out sequences.
-
-    Args:
-        settings: data, eval_data, held_out and block are used.
-        tokenizer: of the model.
-
-    Returns:
-        for training, for evaluation.
-
-    Raises:
-        DataError: the text cannot be used.
-    """
-    data = load(settings.data, tokenizer, settings.block)
-    if settings.eval_data is None:
-        return split(data, settings.held_out, settings.data or "Python's documentation")
-    return data, load(settings.eval_data, tokenizer, settings.block)
-
-
-def _load(settings: Settings, reporter: Reporter) -> tuple[nn.Module, Any, Sequences, Sequences]:
-    model, tokenizer = load_base(settings, reporter)
-    with reporter.task("Reading the text"):
-        data, held_out = load_data(settings, tokenizer)
-    return model, tokenizer, data, held_out
-
-
 def _check_same(sequences: Sequences, digest: str, path: str | None) -> None:
     if sequences.digest() != digest:
         raise DataError(
@@ -310,6 +241,15 @@ def _check_same(sequences: Sequences, digest: str, path: str | None) -> None:
 
 # What may differ when a run goes on; everything else would rewrite its past.
 _FREE = ("steps", "epochs", "save_every", "eval_every", "eval_limit", "device")
+
+
+_PATHS = ("model", "data", "eval_data")
+
+
+def _absolute(values: dict[str, Any]) -> dict[str, Any]:
+    """Paths that hold wherever a run is resumed from; hub ids and missing files as they are."""
+    paths = {n: v for n, v in values.items() if n in _PATHS and v is not None and Path(v).exists()}
+    return values | {name: str(Path(value).resolve()) for name, value in paths.items()}
 
 
 def _changed(settings: Settings, changes: dict[str, Any]) -> Settings:

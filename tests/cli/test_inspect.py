@@ -1,0 +1,89 @@
+"""`tether inspect`: the numbers of an adapter are those of its factors and its base."""
+
+import pytest
+from safetensors.torch import load_file
+
+import tether
+from tether.algebra import delta
+
+from .conftest import contents, succeed, succeed_json
+
+
+@pytest.fixture
+def adapter(finished):
+    return finished[0] / "adapter.safetensors"
+
+
+def test_a_native_file(adapter, model_folder):
+    said = succeed_json("inspect", adapter)
+    value, base = tether.load(adapter), load_file(model_folder / "model.safetensors")
+    assert (said["form"], said["sites"], said["path"]) == ("anchored", 14, str(adapter))
+    assert said["bytes"] == adapter.stat().st_size
+    factors = [layer.trainable for layer in value.layers.values()]
+    assert said["trained_parameters"] == sum(f.A.numel() + f.B.numel() for f in factors)
+    assert said["provenance"] == {
+        "method": "pissa",
+        "seed": 0,
+        "tether_version": tether.__version__,
+        "base_model": str(model_folder),
+        "learning_rate": 0.01,
+        "steps": 12,
+        "fingerprints": 14,
+    }
+    assert (said["config"]["rank"], said["config"]["target_modules"]) == (2, "all-linear")
+    assert said["layers"].keys() == value.layers.keys()
+    for path, row in said["layers"].items():
+        layer, weight = value.layers[path], base[f"{path}.weight"]
+        anchor = layer.scaling * layer.anchor.B @ layer.anchor.A
+        assert (row["kind"], row["rank"], row["scaling"]) == ("linear", 2, 1.0)
+        assert row["shape"] == list(weight.shape)
+        norm = float(delta(layer).norm())
+        assert row["norm"] == pytest.approx(norm, rel=1e-5)
+        assert row["relative"] == pytest.approx(norm / float(weight.norm()), rel=1e-5)
+        energy = float(anchor.norm() / weight.norm()) ** 2
+        assert row["anchor_energy"] == pytest.approx(energy, rel=1e-5)
+        assert 0 < energy < 1
+
+
+def test_a_folder(finished):
+    folder = finished[0] / "lora"
+    said = succeed_json("inspect", folder)
+    assert (said["form"], said["sites"]) == ("plain LoRA", 14)
+    assert said["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
+    changes = succeed_json("inspect", finished[0] / "adapter.safetensors")["layers"]
+    for path, row in said["layers"].items():
+        assert row["rank"] == 4
+        assert row["norm"] == pytest.approx(changes[path]["norm"], rel=1e-5)
+        assert row["relative"] is row["anchor_energy"] is None
+
+
+def test_the_table_says_the_same(adapter):
+    rows = succeed("inspect", adapter).splitlines()
+    for path, values in succeed_json("inspect", adapter)["layers"].items():
+        shape = "×".join(map(str, values["shape"]))
+        numbers = [f"{values['norm']:.4g}", f"{values['relative']:.3%}"]
+        words = [path, shape, *numbers, f"{values['anchor_energy']:.1%}"]
+        assert any(all(word in row for word in words) for row in rows)
+    assert any("learning rate" in row and "0.01" in row for row in rows)
+
+
+def test_a_folder_without_origin_says_so(finished):
+    said = succeed("inspect", finished[0] / "lora")
+    assert "plain LoRA" in said
+    assert "–" in said
+
+
+def test_patterns_are_shown_as_they_are(tiny_llama, tmp_path):
+    config = tether.LoraConfig(rank=2, rank_pattern={"*.[qk]_proj": 1})
+    path = tmp_path / "a.safetensors"
+    tether.save(tether.init(tiny_llama(), config), path)
+    assert "*.[qk]_proj" in succeed("inspect", path)
+
+
+def test_an_untrained_adapter_changes_nothing(tiny_llama, tmp_path):
+    path = tmp_path / "a.safetensors"
+    tether.save(tether.init(tiny_llama(), tether.LoraConfig(init="gaussian", rank=2)), path)
+    before = contents(tmp_path)
+    rows = succeed_json("inspect", path)["layers"].values()
+    assert {(row["norm"], row["relative"], row["anchor_energy"]) for row in rows} == {(0, 0, None)}
+    assert contents(tmp_path) == before
