@@ -103,7 +103,7 @@ class Factors:
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or a[0] < 1:
             raise ShapeMismatchError(
                 f"factors A {a} and B {b} do not multiply as B·A. Give A (r, in) and B (out, r), "
-                "r at least 1."
+                "rank r at least 1."
             )
         if not (self.A.is_floating_point() and self.B.is_floating_point()):
             raise ConfigError(
