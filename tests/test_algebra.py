@@ -8,7 +8,8 @@ from torch import Tensor
 from laws.cases import bits, truth
 from tether import algebra
 from tether.errors import ConfigError
-from tether.value import Adapter, Factors, LayerAdapter, Layout, Provenance
+from tether.provenance import Provenance
+from tether.value import Adapter, Factors, LayerAdapter, Layout
 
 
 def layer(

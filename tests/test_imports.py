@@ -14,6 +14,7 @@ import tether
 ORDER = (
     "errors",
     "linalg",
+    "provenance",
     "value",
     "algebra",
     "fingerprints",

@@ -14,7 +14,8 @@ import tether
 from laws.cases import Case, bits, truth
 from tether import LoraConfig, algebra, methods
 from tether.layers import SiteAdapters
-from tether.value import Adapter, Factors, LayerAdapter, Layout, Provenance
+from tether.provenance import Provenance
+from tether.value import Adapter, Factors, LayerAdapter, Layout
 
 LIFTING = [name for name in methods.names() if methods.get(name).lifts]
 

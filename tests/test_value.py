@@ -7,7 +7,8 @@ import torch
 
 from laws.cases import factors_of
 from tether.errors import ConfigError, ShapeMismatchError
-from tether.value import Adapter, Factors, Fingerprint, LayerAdapter, Layout, Provenance
+from tether.provenance import Fingerprint, Provenance
+from tether.value import Adapter, Factors, LayerAdapter, Layout
 
 LAYOUTS = {
     "linear": (4, 6),

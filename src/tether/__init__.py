@@ -15,9 +15,10 @@ from tether.export import ConversionReport, save_as_lora
 from tether.fingerprints import fingerprint
 from tether.formats import load, save
 from tether.handle import Handle, handles
+from tether.provenance import Fingerprint, Provenance
 from tether.start import init
 from tether.switch import only, reference
-from tether.value import Adapter, Factors, Fingerprint, LayerAdapter, Layout, Provenance
+from tether.value import Adapter, Factors, LayerAdapter, Layout
 
 __version__ = _version("tether")
 

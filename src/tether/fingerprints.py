@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from tether.errors import BaseMismatchError, MetaTensorError
-from tether.value import CHILD, Fingerprint
+from tether.provenance import Fingerprint
+from tether.value import CHILD
 
 _CHUNK = 1 << 24  # values hashed at a time: bounds the extra memory
 

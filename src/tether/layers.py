@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tether.linalg import check_finite
-from tether.value import CHILD, Factors, Json, LayerAdapter, Layout, Provenance
+from tether.provenance import Provenance
+from tether.value import CHILD, Factors, Json, LayerAdapter, Layout
 
 
 @dataclass(eq=False)

@@ -11,7 +11,8 @@ from tether.config import LoraConfig, Plan, plan
 from tether.errors import ShapeMismatchError, TetherError
 from tether.fingerprints import fingerprint_tensor
 from tether.methods import Context, Method
-from tether.value import Adapter, Factors, Fingerprint, LayerAdapter, Progress, Provenance
+from tether.provenance import Fingerprint, Provenance
+from tether.value import Adapter, Factors, LayerAdapter, Progress
 
 
 @torch.no_grad()

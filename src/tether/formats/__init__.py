@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from tether.errors import NotAnAdapterError
-from tether.formats import native, peft_read
+from tether.formats import native, native_read, peft_read
 from tether.value import Adapter
 
 __all__ = ["load", "save"]
@@ -41,4 +41,4 @@ def load(path: str | os.PathLike[str]) -> Adapter:
         return peft_read.load(source)
     if not source.exists():
         raise NotAnAdapterError(f"{source}: no such file or folder.")
-    return native.load(source)
+    return native_read.load(source)

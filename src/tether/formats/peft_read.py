@@ -24,7 +24,8 @@ from tether.formats import container
 from tether.formats import peft_names as names
 from tether.formats.pattern import first_match
 from tether.linalg import check_finite
-from tether.value import Adapter, Factors, Json, LayerAdapter, Layout, Provenance
+from tether.provenance import Provenance
+from tether.value import Adapter, Factors, Json, LayerAdapter, Layout
 
 _MAX_CONFIG = 4 * 2**20  # bytes of adapter_config.json
 # Starts whose B·A is zero: the factors in the file act on the base itself.

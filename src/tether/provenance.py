@@ -1,0 +1,82 @@
+"""Where an adapter came from: method, seed, version, learning rate, and its base's fingerprints."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from types import MappingProxyType
+
+from tether.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprint:
+    """What a base tensor was when an adapter was made on it.
+
+    Attributes:
+        shape: of the stored weight.
+        dtype: "float32", "bfloat16", …
+        sha256: hex digest of its bytes.
+        sha256_bfloat16: hex digest of its values rounded to bfloat16; by this one or the next the
+            same checkpoint loaded in another precision is recognised.
+        sha256_float16: hex digest of its values rounded to float16.
+        norm: its Frobenius norm, against which |ΔW| is read.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    sha256: str
+    sha256_bfloat16: str
+    sha256_float16: str
+    norm: float = field(compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Provenance:
+    """Where an adapter came from.
+
+    Attributes:
+        method: name of the method that chose the start, or "unknown".
+        seed: of the method's random numbers, or None.
+        tether_version: that wrote it, or None for a file of another library.
+        base_model: name or path of the base, if known.
+        base_class: class of the base, "transformers.….LlamaForCausalLM", if it is transformers'.
+        learning_rate: it was trained with, if known.
+        steps: optimizer steps it was trained for, if known.
+        fingerprints: site path -> fingerprint of its base weight.
+    """
+
+    method: str
+    seed: int | None = None
+    tether_version: str | None = None
+    base_model: str | None = None
+    base_class: str | None = None
+    learning_rate: float | None = None
+    steps: int | None = None
+    fingerprints: Mapping[str, Fingerprint] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Check the types, so that what is saved can be loaded; freeze the mapping."""
+        self._check("method", str)
+        for name in ("tether_version", "base_model", "base_class"):
+            self._check(name, str, type(None))
+        for name in ("seed", "steps"):
+            self._check(name, int, type(None))
+        self._check("learning_rate", int, float, type(None))
+        if self.learning_rate is not None and not math.isfinite(self.learning_rate):
+            raise ConfigError(f"provenance: learning_rate {self.learning_rate} is not finite.")
+        object.__setattr__(self, "fingerprints", MappingProxyType(dict(self.fingerprints)))
+
+    def _check(self, name: str, *kinds: type) -> None:
+        value = getattr(self, name)
+        if type(value) not in kinds:
+            raise ConfigError(f"provenance: {name} cannot be {value!r}.")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Copy and pickle by value: a mapping proxy can do neither."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values["fingerprints"] = dict(self.fingerprints)
+        return _rebuild, (values,)
+
+
+def _rebuild(values: dict[str, object]) -> Provenance:
+    return Provenance(**values)  # type: ignore[arg-type]
