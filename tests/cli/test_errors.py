@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -366,3 +368,13 @@ def test_every_command_has_json_and_debug_and_says_what_it_does(command):
     assert result.exit_code == 0
     for option in ("--json", "--debug"):
         assert option in result.stdout
+
+
+@pytest.mark.parametrize("text", ["train --rank x", "train --rnk 8", "trian"])
+def test_a_wrong_option_is_one_line(text):
+    command = [sys.executable, "-m", "tether", *text.split()]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert line.startswith("error: UsageError: ")
+    assert "rank" in line or "trian" in line

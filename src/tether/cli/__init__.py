@@ -1,11 +1,13 @@
 """The command line: `tether train | eval | convert | inspect`. One file per command."""
 
+import sys
 from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
 from tether.cli import convert, evaluate, inspect, train
+from tether.cli.console import show_error
 
 app = typer.Typer(
     name="tether",
@@ -34,5 +36,16 @@ def _options(
 
 
 def main() -> None:
-    """Run the command line."""
-    app()
+    """Run the command line; a wrong option is one line and exit code 2, like any other error."""
+    try:
+        code = app(standalone_mode=False)
+    except Exception as error:
+        # Typer's usage errors, whichever click it brings along.
+        if not hasattr(error, "format_message"):
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        show_error("UsageError", f"{error.format_message()} See --help.", "--json" in sys.argv)
+        sys.exit(2)
+    sys.exit(code or 0)

@@ -65,10 +65,21 @@ def guarded(as_json: bool, debug: bool) -> Iterator[None]:
         name, message = type(error).__name__, " ".join(str(error).split())
         if not isinstance(error, TetherError):
             message = f"{message} (unexpected; --debug shows where)"
-        if as_json:
-            print_json({"error": name, "message": message})
-        print(f"error: {name}: {message}", file=sys.stderr)
+        show_error(name, message, as_json)
         raise typer.Exit(2) from error
+
+
+def show_error(name: str, message: str, as_json: bool) -> None:
+    """Print an error as one line, and as a JSON object on standard output if asked.
+
+    Args:
+        name: its kind.
+        message: what, where and what to do.
+        as_json: whether to print the object too.
+    """
+    if as_json:
+        print_json({"error": name, "message": message})
+    print(f"error: {name}: {message}", file=sys.stderr)
 
 
 def print_json(value: dict[str, Any]) -> None:
