@@ -156,21 +156,6 @@ def relative_error(layer: LayerAdapter, other: LayerAdapter) -> float:
     return difference / size
 
 
-@torch.no_grad()
-def spectrum(layer: LayerAdapter) -> Tensor:
-    """Singular values of ΔW, without forming it.
-
-    Args:
-        layer: anchored or plain.
-
-    Returns:
-        (2r,) or (r,), float64, descending.
-    """
-    plain = _plain(layer, torch.float64)
-    values: Tensor = torch.linalg.svdvals(_core(plain.B, plain.A)[1])
-    return layer.scaling * values
-
-
 def _plain(layer: LayerAdapter, dtype: torch.dtype) -> Factors:
     """[B, dB]·[dA; A0] in `dtype`: ΔW without s."""
     moved = layer.trainable.to(dtype)

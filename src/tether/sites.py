@@ -197,14 +197,21 @@ def short_targets(
         Both sorted.
     """
     wanted = set(paths)
-    everything = [path for path, _ in _base_modules(model)]
+    # The last components of modules that are no sites: such a name would select too much.
+    others = {p for p, _ in _base_modules(model) if p not in wanted}
+    taken = {p.rsplit(".", 1)[-1] for p in others}
     names: set[str] = set()
     for path in paths:
         last = path.rsplit(".", 1)[-1]
-        whole = last.isdigit() or any(matches(last, p) and p not in wanted for p in everything)
-        names.add(path if whole else last)
-    besides = {p for p in everything if p not in wanted and any(matches(n, p) for n in names)}
+        names.add(path if last.isdigit() or last in taken else last)
+    besides = {p for p in others if not names.isdisjoint(_endings(p))}
     return tuple(sorted(names)), tuple(sorted(besides))
+
+
+def _endings(path: str) -> list[str]:
+    """The path and what is left of it without its first components: what can select it."""
+    parts = path.split(".")
+    return [".".join(parts[i:]) for i in range(len(parts))]
 
 
 def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

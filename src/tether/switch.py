@@ -78,7 +78,9 @@ def quiet(model: nn.Module) -> Iterator[None]:
         nothing.
     """
     modes = {module: module.training for module in model.modules()}
-    with torch.random.fork_rng(), torch.no_grad():
+    # Only the model's own GPUs: torch warns where it must save the state of many.
+    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices)), torch.no_grad():
         model.eval()
         try:
             yield

@@ -9,6 +9,7 @@ import tether
 from attacks.forge import CONFIG, PREFIX, WEIGHTS, peft_folder, peft_tensors
 from laws.cases import bits, factors_of, truth
 from tether import Layout
+from tether.errors import UnsupportedAdapterError
 from tether.fingerprints import fingerprint_tensor
 
 T = torch.ones
@@ -139,11 +140,17 @@ def test_a_copy_of_the_base_s_weight_tells_which_base_it_is(tmp_path):
     copies = {
         f"{PREFIX}m.base_layer.weight": base,
         f"{PREFIX}m.base_layer.bias": T(4),
-        f"{PREFIX}other.base_layer.weight": base.clone(),
     }
     adapter = tether.load(peft_folder(tmp_path / "lora", {}, peft_tensors() | copies))
     assert list(adapter.layers) == ["m"]
     assert adapter.provenance.fingerprints == {"m": fingerprint_tensor(base)}
+
+
+def test_a_weight_beside_no_factors_is_refused(tmp_path):
+    odd = {f"{PREFIX}other.base_layer.weight": torch.randn(3, 4)}
+    folder = peft_folder(tmp_path / "lora", {}, peft_tensors() | odd)
+    with pytest.raises(UnsupportedAdapterError, match=r"'other'.*no LoRA for it: it would be lost"):
+        tether.load(folder)
 
 
 @pytest.mark.parametrize(

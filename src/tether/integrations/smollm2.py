@@ -76,7 +76,7 @@ def _wheel_folder() -> Path:
 def _convert(source: Path, target: Path) -> None:
     transformers = hub.import_transformers()
     if find_spec("gguf") is None:
-        raise MissingExtraError("the default model needs 'gguf': pip install 'tether[train]'.")
+        raise MissingExtraError(f"the default model needs the package 'gguf'. {hub.EXTRA}")
     with hub.quietly(transformers):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             source,
