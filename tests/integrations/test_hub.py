@@ -205,9 +205,7 @@ def test_a_file_is_no_model(copied):
 
 def test_without_transformers_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(
-        MissingExtraError, match=r"'transformers'.*pip install '\.\[train\]'"
-    ):
+    with pytest.raises(MissingExtraError, match=r"'transformers'.*pip install '\.\[train\]'"):
         load("org/name")
 
 

@@ -63,7 +63,5 @@ def test_a_missing_package_is_named_with_how_to_install_it(missing, advice, monk
 
 def test_without_transformers_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(
-        MissingExtraError, match=r"'transformers'.*pip install '\.\[train\]'"
-    ):
+    with pytest.raises(MissingExtraError, match=r"'transformers'.*pip install '\.\[train\]'"):
         smollm2.folder()
