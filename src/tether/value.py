@@ -9,81 +9,32 @@ so a displacement of zero is exactly the base model.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from tether.errors import ConfigError, ShapeMismatchError
+from tether.layout import Kind, Layout
 from tether.provenance import Provenance
 
-Kind = Literal["linear", "transposed", "embedding", "conv"]
+__all__ = [
+    "CHILD",
+    "Adapter",
+    "Factors",
+    "Json",
+    "Kind",
+    "LayerAdapter",
+    "Layout",
+    "Progress",
+    "Trained",
+]
+
 CHILD = "tether"  # the name under which a base module carries its adapters
 Progress = Callable[[int, int], None]  # (done, in all)
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How a weight is stored, and its view as an (out, in) matrix.
-
-    Attributes:
-        kind: "linear": stored (out, in). "transposed": transformers' Conv1D, stored (in, out).
-            "embedding": stored (in, out) = (tokens, width). "conv": stored (out, channels,
-            *kernel), in = channels·∏kernel.
-        shape: shape of the stored weight.
-        common: False for a convolution with a dilation or a padding mode other than zeros, which
-            other libraries' LoRA layers ignore; such a site is not exported to them.
-    """
-
-    kind: Kind
-    shape: tuple[int, ...]
-    common: bool = True
-
-    def __post_init__(self) -> None:
-        """Check kind and number of dimensions."""
-        if self.kind not in get_args(Kind):
-            raise ConfigError(f"layout kind {self.kind!r} is none of {get_args(Kind)}.")
-        low, high = (3, 5) if self.kind == "conv" else (2, 2)
-        if not low <= len(self.shape) <= high or any(n < 1 for n in self.shape):
-            raise ConfigError(f"layout {self.kind!r} cannot have shape {self.shape}.")
-
-    @property
-    def out_features(self) -> int:
-        """Rows of the matrix view."""
-        return self.shape[1] if self.kind in ("transposed", "embedding") else self.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        """Columns of the matrix view."""
-        return math.prod(self.shape) // self.out_features
-
-    def matrix(self, weight: Tensor) -> Tensor:
-        """View a stored weight as (out, in), without copying.
-
-        Args:
-            weight: of shape `shape`.
-
-        Returns:
-            a view (out, in).
-        """
-        return weight.T if self.kind in ("transposed", "embedding") else weight.flatten(1)
-
-    def stored(self, matrix: Tensor) -> Tensor:
-        """The inverse of `matrix`: view an (out, in) matrix in the weight's own shape.
-
-        Args:
-            matrix: (out, in).
-
-        Returns:
-            a view of shape `shape`.
-        """
-        if self.kind in ("transposed", "embedding"):
-            return matrix.T
-        return matrix.reshape(self.shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -138,6 +89,39 @@ class Factors:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Trained:
+    """A parameter that is trained whole: a bias, a DoRA magnitude, a weight of a saved module.
+
+    The same idea as for factors: the base's own values are the anchor, what moves away from them
+    is trained.
+
+    Attributes:
+        trainable: with an anchor the displacement, zero at the start; without one the parameter
+            itself (a file of another library holds no more). Any shape, floating.
+        anchor: the base's own values, or None.
+    """
+
+    trainable: Tensor
+    anchor: Tensor | None
+
+    def __post_init__(self) -> None:
+        """Check that the two fit together."""
+        tensors = [self.trainable, *([] if self.anchor is None else [self.anchor])]
+        if any(not tensor.is_floating_point() for tensor in tensors):
+            raise ConfigError(f"a trained parameter must be floating, not {self.trainable.dtype}.")
+        if tensors[0].shape != tensors[-1].shape:
+            raise ShapeMismatchError(
+                f"anchor {tuple(tensors[-1].shape)} does not fit displacement "
+                f"{tuple(tensors[0].shape)}."
+            )
+
+    @property
+    def current(self) -> Tensor:
+        """The parameter now: anchor + displacement."""
+        return self.trainable if self.anchor is None else self.anchor + self.trainable
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class LayerAdapter:
     """One site's adapter.
 
@@ -148,6 +132,8 @@ class LayerAdapter:
         scaling: s; alpha/r, or alpha/√r under rsLoRA.
         layout: how the base weight is stored.
         dropout: probability of dropping an input while training, shared by both paths.
+        magnitude: DoRA's row lengths m (out,) of the matrix view, or None without DoRA
+            (arXiv:2402.09353): W' = m·(W + ΔW)/|W + ΔW|, the lengths taken row by row.
     """
 
     trainable: Factors
@@ -155,6 +141,7 @@ class LayerAdapter:
     scaling: float
     layout: Layout
     dropout: float = 0.0
+    magnitude: Trained | None = None
 
     def __post_init__(self) -> None:
         """Check shapes and scaling."""
@@ -170,6 +157,11 @@ class LayerAdapter:
             raise ShapeMismatchError(
                 f"anchor {self.anchor.shape} of rank {self.anchor.rank} does not fit displacement "
                 f"{self.trainable.shape} of rank {self.trainable.rank}."
+            )
+        if self.magnitude is not None and self.magnitude.trainable.shape != here[:1]:
+            raise ShapeMismatchError(
+                f"magnitude {tuple(self.magnitude.trainable.shape)} does not fit the "
+                f"{here[0]} rows of the matrix {here}."
             )
         if not (math.isfinite(self.scaling) and self.scaling > 0):
             raise ConfigError(f"scaling {self.scaling} must be finite and positive.")
@@ -209,6 +201,9 @@ class Adapter:
         targets: module names that select these sites in the base model (the shortest suffixes
             that do), for files of other libraries; none for the paths themselves.
         excluded: module names that `targets` select besides, to be left out.
+        biases: module path -> its trained bias.
+        modules: module path -> parameter name -> the parameter, for modules trained whole
+            (`modules_to_save`).
     """
 
     layers: Mapping[str, LayerAdapter]
@@ -216,6 +211,8 @@ class Adapter:
     config: Mapping[str, Json] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
     excluded: tuple[str, ...] = ()
+    biases: Mapping[str, Trained] = field(default_factory=dict)
+    modules: Mapping[str, Mapping[str, Trained]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Freeze the mappings."""
@@ -225,17 +222,29 @@ class Adapter:
         object.__setattr__(self, "config", MappingProxyType(dict(self.config)))
         object.__setattr__(self, "targets", tuple(self.targets) or tuple(self.layers))
         object.__setattr__(self, "excluded", tuple(self.excluded))
+        object.__setattr__(self, "biases", MappingProxyType(dict(self.biases)))
+        modules = {path: MappingProxyType(dict(state)) for path, state in self.modules.items()}
+        object.__setattr__(self, "modules", MappingProxyType(modules))
 
     def __reduce__(self) -> tuple[object, ...]:
         """Copy and pickle by value: a mapping proxy can do neither."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         values |= {"layers": dict(self.layers), "config": dict(self.config)}
+        values |= {"biases": dict(self.biases)}
+        values |= {"modules": {path: dict(state) for path, state in self.modules.items()}}
         return _rebuild, (values,)
 
     @property
     def anchored(self) -> bool:
         """Whether any site has an anchor."""
         return any(layer.anchor is not None for layer in self.layers.values())
+
+    @property
+    def trained_whole(self) -> Iterator[tuple[str, Trained]]:
+        """What is trained beside the factors, as (parameter name, parameter): biases, modules."""
+        yield from ((f"{path}.bias", bias) for path, bias in self.biases.items())
+        for path, state in self.modules.items():
+            yield from ((f"{path}.{name}", value) for name, value in state.items())
 
     def with_provenance(self, **changes: str | int | float | None) -> "Adapter":
         """The same adapter with fields of its provenance replaced.
