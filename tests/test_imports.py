@@ -22,6 +22,7 @@ ORDER = (
     "fingerprints",
     "methods",
     "sites",
+    "whole",
     "config",
     "start",
     "fs",

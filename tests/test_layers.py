@@ -287,10 +287,10 @@ def test_keys_and_classes_of_the_base_stay_as_they_were():
     model, _ = adapted(module)
     assert type(model["site"]) is nn.Linear
     assert isinstance(model["site"].tether, SiteAdapters)
-    added = {f"site.tether.default.{name}" for name in ("dA", "dB", "A0", "B0")}
+    added = {f"site.tether.default.{name}" for name in ("dA", "dB", "anchor.A0", "anchor.B0")}
     assert set(model.state_dict()) == {"site.weight", "site.bias"} | added
     assert {name for name, _ in model.named_buffers()} == {
-        "site.tether.default.A0",
-        "site.tether.default.B0",
+        "site.tether.default.anchor.A0",
+        "site.tether.default.anchor.B0",
     }
     assert all(t.is_contiguous() for t in model.state_dict().values())

@@ -2,11 +2,12 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from tether import freeze, sites
+from tether import freeze, sites, whole
 from tether.config import LoraConfig
 from tether.errors import (
     ConfigError,
@@ -19,6 +20,10 @@ from tether.errors import (
 from tether.fingerprints import check_fingerprint
 from tether.handle import Handle
 from tether.layers import (
+    Anchor,
+    BiasLayer,
+    Layer,
+    ModuleLayer,
     Record,
     SiteAdapters,
     SiteLayer,
@@ -29,7 +34,7 @@ from tether.layers import (
     take_off,
 )
 from tether.start import init, original
-from tether.value import CHILD, Adapter, Layout
+from tether.value import CHILD, Adapter, LayerAdapter, Layout, Trained
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -89,13 +94,10 @@ def attach(
     )
     named = dict(base.named_modules())
     modules = {path: _find(named, path, value, verify) for path in value.layers}
-    layers = {}
-    for path, (module, layout) in modules.items():
-        device = sites.base_weight(path, module).device
-        layers[path] = SiteLayer(path, value.layers[path], layout, record, dtype).to(device)
+    layers = _make_layers(value, modules, named, record, dtype, verify)
     try:
         for path, layer in layers.items():
-            hang(modules[path][0], name, layer)
+            hang(named[path], name, layer)
         if trainable:
             freeze.freeze(base, record)
     except BaseException:
@@ -105,6 +107,90 @@ def attach(
         raise
     freeze.reset_compiler()
     return Handle(model, name, layers)
+
+
+def _make_layers(
+    value: Adapter,
+    modules: Mapping[str, tuple[nn.Module, Layout]],
+    named: Mapping[str, nn.Module],
+    record: Record,
+    dtype: torch.dtype,
+    verify: bool,
+) -> dict[str, Layer]:
+    """Every live part of the adapter, made but not yet on the model."""
+    biases = {
+        path: _bind(named, path, {"bias": bias}, verify)["bias"]
+        for path, bias in value.biases.items()
+    }
+    layers: dict[str, Layer] = {}
+    for path, (module, layout) in modules.items():
+        weight = sites.base_weight(path, module)
+        factors = _measured(path, value.layers[path], layout.matrix(weight))
+        anchor = _shared_anchor(module, factors, dtype)
+        layers[path] = SiteLayer(path, factors, layout, record, dtype, anchor, biases.get(path))
+    for path, bias in biases.items():
+        if path not in layers:
+            layers[path] = BiasLayer(path, bias, record, dtype)
+    for path, state in value.modules.items():
+        if path in layers:
+            raise ShapeMismatchError(f"module {path!r} is adapted and trained whole at once.")
+        layers[path] = ModuleLayer(path, _bind(named, path, state, verify), record, dtype)
+    for path, layer in layers.items():
+        layer.to(next(named[path].parameters()).device)
+    return layers
+
+
+def _measured(path: str, layer: LayerAdapter, matrix: Tensor) -> LayerAdapter:
+    """A layer whose DoRA magnitude has its anchor; files of other libraries hold only the sum."""
+    if layer.magnitude is None:
+        return layer
+    start = whole.row_lengths(matrix)
+    # The weight itself has been checked; lengths summed in another order differ in the last bit.
+    magnitude = whole.bind(f"{path}: magnitude", layer.magnitude, start, verify=False)
+    return replace(layer, magnitude=magnitude)
+
+
+def _shared_anchor(module: nn.Module, layer: LayerAdapter, dtype: torch.dtype) -> Anchor | None:
+    """The anchor of another adapter of this module, if it is the same one."""
+    if layer.anchor is None:
+        return None
+    for other in (module._modules.get(CHILD) or {}).values():  # type: ignore[operator]
+        anchor = getattr(other, "anchor", None)
+        if isinstance(anchor, Anchor) and anchor.A0.dtype == dtype and anchor.equals(layer.anchor):
+            return anchor
+    return None
+
+
+def _bind(
+    named: Mapping[str, nn.Module], path: str, state: Mapping[str, Trained], verify: bool
+) -> dict[str, Trained]:
+    """Parameters trained whole, against the base's own."""
+    _check_known(path, named)
+    own = dict(named[path].named_parameters())
+    for name in state:
+        if name not in own:
+            raise UnknownNameError(
+                f"the adapter changes {path}.{name}, which the model does not have. "
+                f"{nearest(name, own)}"
+            )
+    bound = {}
+    for name, value in state.items():
+        label = f"{path}.{name}"
+        bound[name] = whole.bind(label, value, whole.start(label, own[name]), verify)
+    return bound
+
+
+def _check_known(path: str, modules: Mapping[str, nn.Module]) -> None:
+    if path not in modules:
+        raise UnknownNameError(
+            f"the adapter changes {path!r}, which the model does not have. {nearest(path, modules)}"
+        )
+    part = modules[path]._modules.get(CHILD)
+    if part is not None and not isinstance(part, SiteAdapters):
+        raise UnsupportedModuleError(
+            f"site {path!r}: {type(modules[path]).__name__} has a part of its own named {CHILD!r}, "
+            "where adapters would hang. Exclude it, or rename the part."
+        )
 
 
 def _check_arguments(model: nn.Module, name: str, dtype: torch.dtype) -> None:
@@ -125,22 +211,13 @@ def _find(
     modules: Mapping[str, nn.Module], path: str, value: Adapter, verify: bool
 ) -> tuple[nn.Module, Layout]:
     """The module of one site, checked against the adapter."""
-    if path not in modules:
-        raise UnknownNameError(
-            f"the adapter changes {path!r}, which the model does not have. {nearest(path, modules)}"
-        )
+    _check_known(path, modules)
     layout = sites.layout_of(path, modules[path])
     here, wanted = (layout.out_features, layout.in_features), value.layers[path].trainable.shape
     if here != wanted:
         raise ShapeMismatchError(
             f"site {path!r}: the weight here is {here}, the adapter changes one of {wanted}. "
             "Load the base model that the adapter was made on."
-        )
-    part = modules[path]._modules.get(CHILD)
-    if part is not None and not isinstance(part, SiteAdapters):
-        raise UnsupportedModuleError(
-            f"site {path!r}: {type(modules[path]).__name__} has a part of its own named {CHILD!r}, "
-            "where adapters would hang. Exclude it, or rename the part."
         )
     weight = sites.base_weight(path, modules[path])
     expected = value.provenance.fingerprints.get(path)

@@ -8,13 +8,15 @@ from typing import TypeVar
 
 from torch import nn
 
-from tether import methods, sites
+from tether import methods, sites, whole
 from tether.errors import ConfigError, RankTooLargeError, UnknownNameError, nearest
 from tether.methods import Method
 from tether.sites import Site
 from tether.value import Json
 
 Value = TypeVar("Value", int, float)
+BIASES = ("none", "lora_only", "all")
+AFTER = ("keep", "offload", "detach")  # what becomes of a live adapter once it is saved
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,11 @@ class LoraConfig:
         rank_pattern: name -> rank; the first that matches a site wins.
         alpha_pattern: name -> alpha; the first that matches a site wins.
         seed: of the random numbers of the start.
+        use_dora: train the lengths of the weight's rows too (DoRA, arXiv:2402.09353).
+        bias: "none"; "lora_only": train the biases of the adapted modules; "all": every bias.
+        modules_to_save: names of modules to train whole, such as a new classification head.
+        after_save: what becomes of the live adapter after `save_as_lora`: "keep", "offload" or
+            "detach".
     """
 
     init: str | Method = "pissa"
@@ -48,6 +55,10 @@ class LoraConfig:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
+    use_dora: bool = False
+    bias: str = "none"
+    modules_to_save: Sequence[str] = ()
+    after_save: str = "keep"
 
     def __post_init__(self) -> None:
         """Check every value; raise ConfigError naming the field."""
@@ -55,15 +66,15 @@ class LoraConfig:
         _check_integer("rank", self.rank, 1)
         if self.alpha is not None:
             _check_alpha("alpha", self.alpha)
-        if not isinstance(self.use_rslora, bool):
-            raise ConfigError(f"use_rslora must be True or False, not {self.use_rslora!r}.")
+        self._check_choices()
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
             raise ConfigError(f"dropout must be in [0, 1), not {self.dropout!r}.")
         if not isinstance(self.target_modules, str):
             object.__setattr__(
                 self, "target_modules", _names("target_modules", self.target_modules)
             )
-        object.__setattr__(self, "exclude_modules", _names("exclude_modules", self.exclude_modules))
+        for name in ("exclude_modules", "modules_to_save"):
+            object.__setattr__(self, name, _names(name, getattr(self, name)))
         self._freeze_layers()
         for name in ("rank_pattern", "alpha_pattern"):
             object.__setattr__(self, name, _frozen_pattern(name, getattr(self, name)))
@@ -79,6 +90,16 @@ class LoraConfig:
             methods.get(self.init)
         elif isinstance(self.init, type) or not isinstance(self.init, Method):
             raise ConfigError(f"init must be a method or its name, not {self.init!r}.")
+
+    def _check_choices(self) -> None:
+        for name in ("use_rslora", "use_dora"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}.")
+        for name, choices in (("bias", BIASES), ("after_save", AFTER)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"{name} must be one of {', '.join(choices)}, not {getattr(self, name)!r}."
+                )
 
     def _freeze_layers(self) -> None:
         layers = self.layers_to_transform
@@ -181,7 +202,11 @@ def plan(model: nn.Module, config: LoraConfig) -> list[Plan]:
     """
     layers = config.layers_to_transform
     layers = (layers,) if isinstance(layers, int) else layers
-    found = sites.find(model, config.target_modules, config.exclude_modules, layers)
+    exclude = list(config.exclude_modules)
+    if sites.ALL_LINEAR in config.target_modules:
+        # A module is adapted or trained whole, not both; "all" means all others.
+        exclude += whole.saved_modules(model, config.modules_to_save)
+    found = sites.find(model, config.target_modules, exclude, layers)
     paths = [site.path for site in found]
     _check_patterns("rank_pattern", config.rank_pattern, paths)
     _check_patterns("alpha_pattern", config.alpha_pattern, paths)

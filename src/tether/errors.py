@@ -17,7 +17,10 @@ TetherError
 |   |-- DetachedError            the handle's adapter is no longer on the model
 |   |-- ShapeMismatchError       a site's shape differs
 |   |-- BaseMismatchError        a base weight is not the one the adapter was made on
-|   `-- HookNotFiredError        a site's forward was never called
+|   |-- HookNotFiredError        a site's forward was never called
+|   |-- RowsError                a batch whose rows cannot be told apart at a site
+|   |-- OffloadedError           the adapter's factors are not on the model
+|   `-- VerificationError        a file and the live model give different outputs
 |-- FormatError                  a file that is not what it should be
 |   |-- NotAnAdapterError        it is no adapter file or folder
 |   |-- PickleRefusedError       it is a pickle: reading it can run code
@@ -105,6 +108,18 @@ class BaseMismatchError(AttachError):
 
 class HookNotFiredError(AttachError):
     """A site's forward was never called, so its adapter had no effect."""
+
+
+class RowsError(AttachError):
+    """A batch whose rows cannot be told apart at a site."""
+
+
+class OffloadedError(AttachError):
+    """The adapter's factors are not on the model; restore them first."""
+
+
+class VerificationError(AttachError):
+    """A file and the live model give outputs that differ by more than the tolerance."""
 
 
 class FormatError(TetherError):

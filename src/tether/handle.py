@@ -11,22 +11,22 @@ from torch import nn
 
 from tether import formats, freeze
 from tether.errors import DetachedError, HookNotFiredError
-from tether.layers import SiteLayer, carriers, layers_of, take_off
+from tether.layers import Layer, ModuleLayer, SiteLayer, carriers, layers_of, take_off
 from tether.start import original
 from tether.switch import quiet, set_active
-from tether.value import Adapter
+from tether.value import CHILD, Adapter
 
 
 class Handle:
     """An adapter that is attached to a model. Made by `attach` and `handles`."""
 
-    def __init__(self, model: nn.Module, name: str, layers: Mapping[str, SiteLayer]) -> None:
+    def __init__(self, model: nn.Module, name: str, layers: Mapping[str, Layer]) -> None:
         """Point at an attached adapter; use `attach` or `handles` instead.
 
         Args:
             model: the model.
             name: of the adapter.
-            layers: site path -> layer.
+            layers: module path -> layer.
         """
         self.model, self.name = model, name
         self._layers = dict(layers)
@@ -35,7 +35,7 @@ class Handle:
     def __repr__(self) -> str:
         """Name, state and size."""
         state = "attached" if self.attached else "detached"
-        return f"<Handle {self.name!r}: {len(self._layers)} sites, {state}>"
+        return f"<Handle {self.name!r}: {len(self.sites)} sites, {state}>"
 
     @property
     def attached(self) -> bool:
@@ -51,10 +51,13 @@ class Handle:
     @property
     def sites(self) -> tuple[str, ...]:
         """Paths of the sites, in the model's order."""
-        return tuple(self._layers)
+        return tuple(p for p, layer in self._layers.items() if isinstance(layer, SiteLayer))
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The trained factors, by site: dA and dB, or A and B without an anchor.
+        """What is trained, by module: dA and dB, or A and B without an anchor.
+
+        Also dm with DoRA, db with trained biases, and the displacements of modules trained whole
+        under their parameters' own names.
 
         Yields:
             ("model.layers.0.mlp.up_proj.dA", parameter) and so on, in a fixed order.
@@ -64,8 +67,8 @@ class Handle:
         """
         self._check_attached()
         for path, layer in self._layers.items():
-            for name in layer.names:
-                yield f"{path}.{name}", getattr(layer, name)
+            for name, parameter in layer.trained():
+                yield f"{path}.{name}", parameter
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The trained factors, for an optimizer.
@@ -89,12 +92,23 @@ class Handle:
             DetachedError: the adapter was detached.
         """
         self._check_attached()
+        layers, biases, modules = {}, {}, {}
+        for module in carriers(self.model, self.name):
+            layer = getattr(module, CHILD)[self.name]
+            if isinstance(layer, SiteLayer):
+                layers[layer.path] = layer.value()
+            if isinstance(layer, ModuleLayer):
+                modules[layer.path] = layer.state(module)
+            elif (bias := layer.bias()) is not None:
+                biases[layer.path] = bias
         return Adapter(
-            layers={path: layer.value() for path, layer in self._layers.items()},
+            layers=layers,
             provenance=self.record.provenance,
             config=self.record.config,
             targets=self.record.targets,
             excluded=self.record.excluded,
+            biases=biases,
+            modules=modules,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -74,7 +74,7 @@ def find(
         NoSiteError: nothing is left.
         UnsupportedModuleError: a selected module that cannot carry an adapter.
     """
-    modules = {path: module for path, module in _base_modules(model) if path}
+    modules = {path: module for path, module in base_modules(model) if path}
     patterns = (targets,) if isinstance(targets, str) else tuple(targets)
     candidates = _all_linear(model, modules) if ALL_LINEAR in patterns else []
     named = [p for p in patterns if p != ALL_LINEAR]
@@ -129,7 +129,7 @@ def layout_of(path: str, module: nn.Module) -> Layout:
     if isinstance(module, nn.Linear):
         # Not the weight's shape: quantised layers pack it.
         return Layout("linear", (module.out_features, module.in_features))
-    if _is_conv1d(module):
+    if is_conv1d(module):
         return Layout("transposed", tuple(_weight(path, module).shape))
     if isinstance(module, nn.Embedding):
         _check_embedding(path, module)
@@ -198,7 +198,7 @@ def short_targets(
     """
     wanted = set(paths)
     # The last components of modules that are no sites: such a name would select too much.
-    others = {p for p, _ in _base_modules(model) if p not in wanted}
+    others = {p for p, _ in base_modules(model) if p not in wanted}
     taken = {p.rsplit(".", 1)[-1] for p in others}
     names: set[str] = set()
     for path in paths:
@@ -214,8 +214,15 @@ def _endings(path: str) -> list[str]:
     return [".".join(parts[i:]) for i in range(len(parts))]
 
 
-def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The model's modules without the adapters that hang on them."""
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules without the adapters that hang on them.
+
+    Args:
+        model: any module.
+
+    Yields:
+        (path, module), in the model's order; shared modules once.
+    """
     stack = [("", model)]
     seen: set[int] = set()
     while stack:
@@ -234,14 +241,21 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     return [
         path
         for path, module in modules.items()
-        if (isinstance(module, nn.Linear) or _is_conv1d(module))
+        if (isinstance(module, nn.Linear) or is_conv1d(module))
         and module is not output
         and not any(part in _HEADS for part in path.split(".")[:2])
     ]
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether this is transformers' Conv1D, told without importing transformers."""
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether this is transformers' Conv1D, told without importing transformers.
+
+    Args:
+        module: any.
+
+    Returns:
+        True if it is.
+    """
     return any(
         cls.__name__ == "Conv1D" and cls.__module__.startswith("transformers.")
         for cls in type(module).__mro__

@@ -6,7 +6,7 @@ from importlib.metadata import version
 import torch
 from torch import nn
 
-from tether import linalg, sites
+from tether import linalg, sites, whole
 from tether.config import LoraConfig, Plan, plan
 from tether.errors import ShapeMismatchError, TetherError
 from tether.fingerprints import fingerprint_tensor
@@ -27,8 +27,9 @@ def init(
         progress: called with (sites done, sites in all) after each site.
 
     Returns:
-        the adapter at its start, ΔW = 0: displacement zero on an anchor, or B·A = 0. Factors are
-        float32 on the CPU. Same seed, same bits.
+        the adapter at its start, ΔW = 0: displacement zero on an anchor, or B·A = 0; biases,
+        magnitudes and whole modules at the base's own values. float32 on the CPU. Same seed, same
+        bits.
 
     Raises:
         ConfigError: the configuration does not fit the model.
@@ -44,6 +45,7 @@ def init(
         layers[item.site.path], prints[item.site.path] = _start_site(model, item, config, method)
         if progress is not None:
             progress(done, len(plans))
+    modules = whole.modules(model, config.modules_to_save, list(layers))
     targets, excluded = sites.short_targets(model, list(layers))
     return Adapter(
         layers=layers,
@@ -58,6 +60,8 @@ def init(
         config=config.to_dict(),
         targets=targets,
         excluded=excluded,
+        biases=whole.biases(model, config.bias, list(layers), list(modules)),
+        modules=modules,
     )
 
 
@@ -123,7 +127,8 @@ def _start_site(
         linalg.check_finite(factor, f"site {path!r}: factor {name} of method {method.name!r}")
     anchor = factors if method.lifts else None
     trainable = factors.zeros_like() if method.lifts else factors
-    layer = LayerAdapter(trainable, anchor, item.scaling, layout, float(config.dropout))
+    magnitude = whole.row_lengths(layout.matrix(weight)) if config.use_dora else None
+    layer = LayerAdapter(trainable, anchor, item.scaling, layout, float(config.dropout), magnitude)
     return layer, fingerprint_tensor(weight)
 
 

@@ -79,7 +79,7 @@ def seal(path: Path, header: Any, tensors: dict[str, Tensor], **metadata: str | 
     """
     text = to_json(header)
     digests = json.dumps({name: _sha256(_bytes(t)) for name, t in tensors.items()})
-    entries = {"format": "tether", "version": "1", "adapter": text, "digests": digests} | metadata
+    entries = {"format": "tether", "version": "2", "adapter": text, "digests": digests} | metadata
     sealed = b"".join(
         (entries[k] or "").encode() + b"\0" for k in ("version", "adapter", "digests")
     )

@@ -174,7 +174,7 @@ def test_the_header_is_the_documented_one(tmp_path):
     entries = json.loads(data[8:start])
     metadata = entries.pop("__metadata__")
     assert set(metadata) == {"format", "version", "adapter", "digests", "digest"}
-    assert (metadata["format"], metadata["version"]) == ("tether", "1")
+    assert (metadata["format"], metadata["version"]) == ("tether", "2")
     assert set(entries) == {
         *(f"layers.0.up.{name}" for name in ("dA", "dB", "A0", "B0")),
         *("head.A", "head.B"),
@@ -188,7 +188,10 @@ def test_the_header_is_the_documented_one(tmp_path):
     sealed = "".join(metadata[key] + "\0" for key in ("version", "adapter", "digests"))
     assert hashlib.sha256(sealed.encode()).hexdigest() == metadata["digest"]
     header = json.loads(metadata["adapter"])
-    assert set(header) == {"config", "provenance", "targets", "excluded", "layers"}
+    assert set(header) == {"config", "provenance", "targets", "excluded", "layers"} | {
+        "biases",
+        "modules",
+    }
     assert header["layers"] == [
         {
             "path": "layers.0.up",

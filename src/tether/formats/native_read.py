@@ -20,9 +20,12 @@ from tether.formats import container
 from tether.formats.native import FORMAT, VERSION, digest, digest_texts
 from tether.linalg import check_finite
 from tether.provenance import Fingerprint, Provenance
-from tether.value import Adapter, Factors, Json, LayerAdapter, Layout
+from tether.value import Adapter, Factors, Json, LayerAdapter, Layout, Trained
 
-_LAYER_FIELDS = ("path", "kind", "shape", "common", "scaling", "dropout", "anchored")
+_FIELDS = ("config", "provenance", "targets", "excluded", "layers", "biases", "modules")
+_LAYER_FIELDS = (
+    *("path", "kind", "shape", "common", "scaling", "dropout", "anchored", "magnitude"),
+)
 
 
 def load(path: Path) -> Adapter:
@@ -44,14 +47,17 @@ def load(path: Path) -> Adapter:
             f"{path}: a safetensors file, but not an adapter of tether's. Give a file that "
             "tether saved, or the whole folder of a PEFT adapter."
         )
-    if metadata.get("version") != VERSION:
+    if metadata.get("version") not in ("1", VERSION):
         raise HeaderError(
-            f"{path}: format version {metadata.get('version')!r}; this tether reads {VERSION!r}. "
+            f"{path}: format version {metadata.get('version')!r}; this tether reads '1' and "
+            f"{VERSION!r}. "
             "Read it with the tether that wrote it, or a newer one."
         )
     try:
         _check_digests(path, tensors, metadata)
         header = container.parse_json(metadata["adapter"], f"{path}: metadata 'adapter'")
+        if metadata["version"] == "1":
+            header = _upgraded(header)
         return _decode(header, dict(tensors))
     except (ConfigError, ShapeMismatchError, OverflowError) as error:
         raise HeaderError(f"{path}: {error} {container.DAMAGED}") from error
@@ -83,7 +89,7 @@ def _check_digests(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[
 
 
 def _decode(header: Json, tensors: dict[str, Tensor]) -> Adapter:
-    fields = _exactly(header, "config", "provenance", "targets", "excluded", "layers")
+    fields = _exactly(header, *_FIELDS)
     layers = {}
     for item in _get(fields, "layers", list):
         entry = _exactly(item, *_LAYER_FIELDS)
@@ -94,6 +100,17 @@ def _decode(header: Json, tensors: dict[str, Tensor]) -> Adapter:
             layers[site] = _decode_layer(site, entry, tensors)
         except (ConfigError, ShapeMismatchError) as error:
             raise ConfigError(f"site {site!r}: {error}") from error
+    biases = {
+        module: _decode_whole(f"{module}:bias", form, tensors)
+        for module, form in _get(fields, "biases", dict).items()
+    }
+    modules = {
+        module: {
+            name: _decode_whole(f"{module}:{name}:module", form, tensors)
+            for name, form in _typed(state, dict, "modules").items()
+        }
+        for module, state in _get(fields, "modules", dict).items()
+    }
     if tensors:
         raise ConfigError(f"tensor {sorted(tensors)[0]!r} belongs to no layer.")
     return Adapter(
@@ -102,21 +119,47 @@ def _decode(header: Json, tensors: dict[str, Tensor]) -> Adapter:
         config=_get(fields, "config", dict),
         targets=_texts(fields, "targets"),
         excluded=_texts(fields, "excluded"),
+        biases=biases,
+        modules=modules,
     )
+
+
+def _upgraded(header: Json) -> Json:
+    """A header of version 1 as one of version 2."""
+    fields = _typed(header, dict, "header")
+    new: dict[str, Json] = {"biases": {}, "modules": {}}
+    for name in new:
+        if name in fields:
+            raise ConfigError(f"field {name!r} does not belong there.")
+    layers: list[Json] = []
+    for entry in _get(fields, "layers", list):
+        old = _exactly(entry, *_LAYER_FIELDS[:-1])
+        layers.append(old | {"magnitude": None})
+    return fields | new | {"layers": layers}
+
+
+def _decode_whole(stem: str, form: Json, tensors: dict[str, Tensor]) -> Trained:
+    if form == "whole":
+        return Trained(_take(f"{stem}:whole", tensors), None)
+    if form != "anchored":
+        raise ConfigError(f"{stem}: its form is {form!r}, not 'anchored' or 'whole'.")
+    return Trained(_take(f"{stem}:moved", tensors), _take(f"{stem}:anchor", tensors))
+
+
+def _take(name: str, tensors: dict[str, Tensor]) -> Tensor:
+    """A tensor of the file, taken out of `tensors`, checked."""
+    if name not in tensors:
+        raise ConfigError(f"tensor {name!r} is missing.")
+    tensor = tensors.pop(name)
+    if tensor.dtype not in (torch.float32, torch.float64):
+        raise ConfigError(f"tensor {name!r} is {tensor.dtype}, not float32.")
+    check_finite(tensor, f"tensor {name!r}")
+    return tensor.clone()  # not mapped: the file may change
 
 
 def _decode_layer(site: str, entry: dict[str, Json], tensors: dict[str, Tensor]) -> LayerAdapter:
     def factors(a: str, b: str) -> Factors:
-        pair = []
-        for name in (f"{site}.{a}", f"{site}.{b}"):
-            if name not in tensors:
-                raise ConfigError(f"tensor {name!r} is missing.")
-            tensor = tensors.pop(name)
-            if tensor.dtype not in (torch.float32, torch.float64):
-                raise ConfigError(f"tensor {name!r} is {tensor.dtype}, not float32.")
-            check_finite(tensor, f"tensor {name!r}")
-            pair.append(tensor.clone())  # not mapped: the file may change
-        return Factors(*pair)
+        return Factors(_take(f"{site}.{a}", tensors), _take(f"{site}.{b}", tensors))
 
     anchored = _get(entry, "anchored", bool)
     shape = tuple(_typed(n, int, "shape") for n in _get(entry, "shape", list))
@@ -126,12 +169,16 @@ def _decode_layer(site: str, entry: dict[str, Json], tensors: dict[str, Tensor])
     pairs = [trainable] if anchor is None else [trainable, anchor]
     if len({tensor.dtype for pair in pairs for tensor in (pair.A, pair.B)}) > 1:
         raise ConfigError("its tensors mix float32 and float64.")
+    magnitude = None
+    if entry["magnitude"] is not None:
+        magnitude = _decode_whole(f"{site}:magnitude", entry["magnitude"], tensors)
     return LayerAdapter(
         trainable=trainable,
         anchor=anchor,
         scaling=_get(entry, "scaling", float),
         layout=layout,
         dropout=_get(entry, "dropout", float),
+        magnitude=magnitude,
     )
 
 

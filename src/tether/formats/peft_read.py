@@ -1,4 +1,4 @@
-"""Read a plain LoRA that peft wrote: rsLoRA, patterns, half precision, embeddings, convolutions.
+"""Read a LoRA that peft wrote: rsLoRA, patterns, DoRA, biases, whole modules, half precision.
 
 What tether cannot represent is refused by name; nothing is dropped.
 """
@@ -6,6 +6,7 @@ What tether cannot represent is refused by name; nothing is dropped.
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,12 +21,12 @@ from tether.errors import (
     UnsupportedAdapterError,
 )
 from tether.fingerprints import fingerprint_tensor
-from tether.formats import container
+from tether.formats import container, peft_parts
 from tether.formats import peft_names as names
 from tether.formats.pattern import first_match
 from tether.linalg import check_finite
 from tether.provenance import Provenance
-from tether.value import Adapter, Factors, Json, LayerAdapter, Layout
+from tether.value import Adapter, Factors, Json, LayerAdapter, Layout, Trained
 
 _MAX_CONFIG = 4 * 2**20  # bytes of adapter_config.json
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -38,6 +39,7 @@ _UNDERSTOOD = frozenset(
         *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
         *("revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules"),
         *("exclude_modules", "fan_in_fan_out", "bias", "use_rslora", "init_lora_weights"),
+        *("use_dora", "modules_to_save"),
         *(
             "layers_to_transform",
             "layers_pattern",
@@ -48,7 +50,6 @@ _UNDERSTOOD = frozenset(
         *("qalora_group_size", "eva_config", "ensure_weight_tying", "runtime_config"),
     }
 )
-_BASE_LAYER = re.compile(r"base_model\.model\.(.+)\.base_layer\.(weight|bias)")
 
 
 def load(folder: Path) -> Adapter:
@@ -80,9 +81,10 @@ def load(folder: Path) -> Adapter:
             f"{weights}: there is no such file. Give the whole folder of a PEFT adapter."
         )
     tensors, _ = container.read(weights)
-    base, factors = _split_base(tensors)
     try:
-        layers = _decode(weights, config, factors)
+        parts = peft_parts.sort(config, tensors)
+        base = parts.base
+        layers = _with_magnitudes(_decode(weights, config, parts.factors), parts.magnitudes, config)
         targets, excluded = _targets(config, layers)
         _check_copies(base, layers)
         prints = {site: fingerprint_tensor(t) for site, t in base.items() if t.dtype in _DTYPES}
@@ -93,6 +95,8 @@ def load(folder: Path) -> Adapter:
             ),
             targets=targets,
             excluded=excluded,
+            biases=parts.biases,
+            modules=parts.modules,
         )
     except (ConfigError, ShapeMismatchError, OverflowError) as error:
         raise HeaderError(f"{weights}: {error} {container.DAMAGED}") from error
@@ -135,11 +139,6 @@ def _refuse_unsupported(folder: Path, config: dict[str, Json]) -> None:
                 f"{folder}: it was trained with {field}={value!r}, which a plain LoRA cannot hold; "
                 "reading it without would change the model."
             )
-    if config.get("bias", "none") != "none":
-        raise UnsupportedAdapterError(
-            f"{folder}: it was trained with bias={config['bias']!r}; reading it without the "
-            "trained biases would change the model."
-        )
 
 
 def _decode(
@@ -217,21 +216,15 @@ def _scaling(config: dict[str, Json], site: str, rank: int) -> float:
     return float(alpha) / (math.sqrt(rank) if _flag(config, "use_rslora") else rank)
 
 
-def _split_base(
-    tensors: Mapping[str, Tensor],
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Part the copies of base weights, which peft adds for embeddings, from the factors.
-
-    They are no part of the change; they tell which base the adapter belongs to.
-    """
-    base, factors = {}, {}
-    for key, tensor in tensors.items():
-        found = _BASE_LAYER.fullmatch(key)
-        if found is None:
-            factors[key] = tensor
-        elif found[2] == "weight":
-            base[found[1]] = tensor
-    return base, factors
+def _with_magnitudes(
+    layers: dict[str, LayerAdapter], magnitudes: Mapping[str, Trained], config: dict[str, Json]
+) -> dict[str, LayerAdapter]:
+    """The layers with their DoRA magnitudes: one for every site, or for none."""
+    wanted = set(layers) if config.get("use_dora") else set()
+    odd = sorted(wanted ^ set(magnitudes))
+    if odd:
+        raise ConfigError(f"site {odd[0]!r} has a DoRA magnitude or factors, not both.")
+    return {site: replace(layer, magnitude=magnitudes.get(site)) for site, layer in layers.items()}
 
 
 def _check_copies(base: Mapping[str, Tensor], layers: Mapping[str, LayerAdapter]) -> None:

@@ -1,13 +1,16 @@
 """Write a plain LoRA as the PEFT folder that every reader understands alike.
 
 Canonical form: the scaling folded into B and `lora_alpha` = `r`, an integer; one rank for all
-sites (zero rows added); no patterns; no rsLoRA; only lora_A/lora_B and lora_embedding_A/B.
+sites (zero rows added); no patterns; no rsLoRA; only lora_A/lora_B and lora_embedding_A/B, and
+where they were asked for DoRA's lora_magnitude_vector, trained biases and modules_to_save.
 """
 
 import json
 import math
 import os
 import re
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -40,15 +43,41 @@ def save(
         NonFiniteError: a value does not fit `dtype`.
         WriteError: it cannot be written; what was there stays.
     """
-    _check_excluded(adapter)
+    check_expressible(adapter)
     tensors: dict[str, Tensor] = {}
     for site, layer in canonical(adapter, dtype).items():
-        tensors |= _tensors(site, layer)
-    config = json.dumps(_config(adapter), indent=2)
+        tensors |= layer_tensors(site, layer)
+    tensors |= whole_tensors(adapter, dtype)
     with fs.atomic_directory(path, names.FILES) as folder:
-        save_file(tensors, folder / names.WEIGHTS, {"format": "pt"})
-        (folder / names.CONFIG).write_text(config + "\n", encoding="utf-8")
-        (folder / names.CARD).write_text(model_card(adapter, DTYPES[dtype]), encoding="utf-8")
+        write_into(folder, adapter, tensors, dtype)
+
+
+def write_into(
+    folder: Path, adapter: Adapter, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> None:
+    """Write the three files of the folder.
+
+    Args:
+        folder: empty, not yet in its place.
+        adapter: plain.
+        tensors: of the weights' file.
+        dtype: of them.
+    """
+    save_file(dict(tensors), folder / names.WEIGHTS, {"format": "pt"})
+    write_description(folder, adapter, dtype)
+
+
+def write_description(folder: Path, adapter: Adapter, dtype: torch.dtype) -> None:
+    """Write the configuration and the model card.
+
+    Args:
+        folder: not yet in its place.
+        adapter: plain; its factors are not read.
+        dtype: of the weights.
+    """
+    config = json.dumps(config_of(adapter), indent=2)
+    (folder / names.CONFIG).write_text(config + "\n", encoding="utf-8")
+    (folder / names.CARD).write_text(model_card(adapter, DTYPES[dtype]), encoding="utf-8")
 
 
 def canonical(adapter: Adapter, dtype: torch.dtype = torch.float32) -> dict[str, LayerAdapter]:
@@ -69,20 +98,39 @@ def canonical(adapter: Adapter, dtype: torch.dtype = torch.float32) -> dict[str,
     if dtype not in DTYPES:
         raise ConfigError(f"dtype {dtype} is none of {', '.join(DTYPES.values())}.")
     rank = max(layer.rank for layer in adapter.layers.values())
-    result = {}
-    for site, layer in adapter.layers.items():
-        if layer.anchor is not None:
-            raise ConfigError(f"site {site!r} has an anchor; make it plain with tether.to_lora.")
-        if not layer.layout.common:
-            raise UnsupportedAdapterError(
-                f"site {site!r}: PEFT's LoRA ignores the dilation or padding mode of this "
-                "convolution, so its output would differ. Save the native file instead."
-            )
-        factors = _padded(_balanced(layer), rank).to(dtype)
-        for name, factor in (("A", factors.A), ("B", factors.B)):
-            check_finite(factor, f"site {site!r}: factor {name} in {DTYPES[dtype]}")
-        result[site] = LayerAdapter(factors, None, 1.0, layer.layout, layer.dropout)
-    return result
+    return {
+        site: canonical_layer(site, layer, rank, dtype) for site, layer in adapter.layers.items()
+    }
+
+
+def canonical_layer(site: str, layer: LayerAdapter, rank: int, dtype: torch.dtype) -> LayerAdapter:
+    """One layer as it is written.
+
+    Args:
+        site: its path.
+        layer: plain.
+        rank: of the file.
+        dtype: float32, bfloat16 or float16.
+
+    Returns:
+        a layer of scaling 1 whose factors are the numbers in the file.
+
+    Raises:
+        ConfigError: it is anchored.
+        UnsupportedAdapterError: PEFT cannot express it.
+        NonFiniteError: a value does not fit `dtype`.
+    """
+    if layer.anchor is not None:
+        raise ConfigError(f"site {site!r} has an anchor; make it plain with tether.to_lora.")
+    if not layer.layout.common:
+        raise UnsupportedAdapterError(
+            f"site {site!r}: PEFT's LoRA ignores the dilation or padding mode of this "
+            "convolution, so its output would differ. Save the native file instead."
+        )
+    factors = _padded(_balanced(layer), rank).to(dtype)
+    for name, factor in (("A", factors.A), ("B", factors.B)):
+        check_finite(factor, f"site {site!r}: factor {name} in {DTYPES[dtype]}")
+    return LayerAdapter(factors, None, 1.0, layer.layout, layer.dropout, layer.magnitude)
 
 
 def _balanced(layer: LayerAdapter) -> Factors:
@@ -103,15 +151,57 @@ def _padded(factors: Factors, rank: int) -> Factors:
     return Factors(pad(factors.A, (0, 0, 0, more)), pad(factors.B, (0, more)))
 
 
-def _tensors(site: str, layer: LayerAdapter) -> dict[str, Tensor]:
+def layer_tensors(site: str, layer: LayerAdapter) -> dict[str, Tensor]:
+    """The tensors of one site under PEFT's keys.
+
+    Args:
+        site: its path.
+        layer: as of `canonical_layer`.
+
+    Returns:
+        key -> tensor. A DoRA magnitude stays float32: rounded, it would scale whole rows.
+    """
     a, b = layer.trainable.A, layer.trainable.B
     stem = names.PREFIX + site
+    found = {}
+    if layer.magnitude is not None:
+        spatial = len(layer.layout.shape) - 2 if layer.layout.kind == "conv" else None
+        lengths = layer.magnitude.current.float()
+        check_finite(lengths, f"site {site!r}: magnitude")
+        shape = (-1,) if spatial is None else (1, -1, *[1] * spatial)
+        found[stem + names.MAGNITUDE] = lengths.reshape(shape).contiguous()
     if layer.layout.kind == "embedding":
-        return {stem + names.EMBEDDING_A: a, stem + names.EMBEDDING_B: b}
+        return found | {stem + names.EMBEDDING_A: a, stem + names.EMBEDDING_B: b}
     if layer.layout.kind == "conv":
         _, channels, *kernel = layer.layout.shape
         a, b = a.reshape(-1, channels, *kernel), b.reshape(*b.shape, *(1 for _ in kernel))
-    return {stem + names.A: a, stem + names.B: b}
+    return found | {stem + names.A: a, stem + names.B: b}
+
+
+def whole_tensors(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Trained biases and whole modules under PEFT's keys: the values themselves.
+
+    Args:
+        adapter: anchored or plain.
+        dtype: of the tensors.
+
+    Returns:
+        key -> tensor.
+
+    Raises:
+        NonFiniteError: a value does not fit `dtype`.
+    """
+    found = {}
+    for path, bias in adapter.biases.items():
+        ending = names.SITE_BIAS if path in adapter.layers else names.BIAS
+        found[names.PREFIX + path + ending] = bias.current
+    for path, state in adapter.modules.items():
+        for name, value in state.items():
+            found[f"{names.PREFIX}{path}.{name}"] = value.current
+    for key, tensor in found.items():
+        found[key] = tensor.to(dtype).contiguous()
+        check_finite(found[key], f"{key} in {DTYPES[dtype]}")
+    return found
 
 
 def _auto_mapping(adapter: Adapter) -> dict[str, Json] | None:
@@ -123,7 +213,23 @@ def _auto_mapping(adapter: Adapter) -> dict[str, Json] | None:
     return {"base_model_class": name, "parent_library": library}
 
 
-def _check_excluded(adapter: Adapter) -> None:
+def check_expressible(adapter: Adapter) -> None:
+    """Raise for what PEFT's configuration cannot say.
+
+    Args:
+        adapter: its factors are not read.
+
+    Raises:
+        UnsupportedAdapterError: naming the module.
+    """
+    for path in adapter.modules:
+        # PEFT picks the modules whose path ends in the text, at any character.
+        hit = next((s for s in (*adapter.layers, *adapter.biases) if s.endswith(path)), None)
+        if hit is not None:
+            raise UnsupportedAdapterError(
+                f"module {path!r} of modules_to_save: PEFT would take {hit!r} for it, whose path "
+                "ends alike. Save the native file instead."
+            )
     for name in adapter.excluded:
         hit = next((site for site in adapter.layers if site.endswith("." + name)), None)
         if hit is not None:
@@ -133,7 +239,15 @@ def _check_excluded(adapter: Adapter) -> None:
             )
 
 
-def _config(adapter: Adapter) -> dict[str, Json]:
+def config_of(adapter: Adapter) -> dict[str, Json]:
+    """The contents of adapter_config.json.
+
+    Args:
+        adapter: plain; its factors are not read, only their ranks.
+
+    Returns:
+        field -> value.
+    """
     kinds = {layer.layout.kind for layer in adapter.layers.values()}
     rank = max(layer.rank for layer in adapter.layers.values())
     dropout = max(layer.dropout for layer in adapter.layers.values())
@@ -147,16 +261,32 @@ def _config(adapter: Adapter) -> dict[str, Json]:
         "target_modules": list(adapter.targets),
         "exclude_modules": list(adapter.excluded) or None,
         "lora_dropout": 0.0 if math.isnan(dropout) else dropout,
-        "bias": "none",
+        "bias": _bias(adapter),
         "fan_in_fan_out": "transposed" in kinds,
         "use_rslora": False,
-        "use_dora": False,
+        "use_dora": _dora(adapter),
         "init_lora_weights": True,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "modules_to_save": None,
+        "modules_to_save": list(adapter.modules) or None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "inference_mode": True,
         "revision": None,
     }
+
+
+def _bias(adapter: Adapter) -> str:
+    if not adapter.biases:
+        return "none"
+    return "lora_only" if set(adapter.biases) <= set(adapter.layers) else "all"
+
+
+def _dora(adapter: Adapter) -> bool:
+    without = [site for site, layer in adapter.layers.items() if layer.magnitude is None]
+    if without and len(without) < len(adapter.layers):
+        raise UnsupportedAdapterError(
+            f"site {without[0]!r} has no DoRA magnitude while others do; PEFT knows DoRA only for "
+            "all sites. Save the native file instead."
+        )
+    return not without

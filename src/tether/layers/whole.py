@@ -1,0 +1,133 @@
+"""Parameters that are trained whole: biases beside the sites, and modules of `modules_to_save`.
+
+The base's own values are the anchor and stay in the base; only the displacement is kept here.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tether.layers.record import Layer, Record, contiguous_copy, to_value
+from tether.value import Trained
+
+
+class BiasLayer(Layer):
+    """The displacement of the bias of a module that is no site."""
+
+    db: Tensor
+    b0: Tensor
+
+    def __init__(self, path: str, bias: Trained, record: Record, dtype: torch.dtype) -> None:
+        """Copy a bias.
+
+        Args:
+            path: of the base module.
+            bias: with its anchor.
+            record: shared by the adapter's layers.
+            dtype: of the displacement, float32 at least.
+        """
+        super().__init__(path, record)
+        assert bias.anchor is not None
+        wide = torch.promote_types(dtype, torch.float32)
+        self.add("db", contiguous_copy(bias.trainable, wide))
+        self.register_buffer("b0", contiguous_copy(bias.anchor, wide))
+
+    def bias(self) -> Trained:
+        """The bias now, as a value.
+
+        Returns:
+            copies on the CPU.
+        """
+        return Trained(to_value(self.db), to_value(self.b0))
+
+    def forward(self, module: nn.Module, output: Tensor) -> Tensor:
+        """The output with the bias's displacement added.
+
+        Args:
+            module: the base module.
+            output: its output so far.
+
+        Returns:
+            output + db along its channels, rounded once to the output's dtype.
+        """
+        spatial = getattr(module, "kernel_size", ())
+        change = -self.record.weight * self.db.view(-1, *[1] * len(spatial))
+        # As in SiteLayer: a change of zero leaves every bit.
+        return (output - (change + 0.0)).to(output.dtype)
+
+
+class ModuleLayer(Layer):
+    """The displacement of every parameter of a module that is trained whole."""
+
+    def __init__(
+        self, path: str, state: Mapping[str, Trained], record: Record, dtype: torch.dtype
+    ) -> None:
+        """Copy the displacements.
+
+        Args:
+            path: of the base module.
+            state: parameter name -> value with its anchor, which stays in the base.
+            record: shared by the adapter's layers.
+            dtype: of the displacements, float32 at least.
+        """
+        super().__init__(path, record)
+        wide = torch.promote_types(dtype, torch.float32)
+        self.keys = tuple(state)
+        for number, value in enumerate(state.values()):
+            self.add(f"d{number}", contiguous_copy(value.trainable, wide))
+
+    def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The displacements, under the names of the parameters they move.
+
+        Yields:
+            ("weight", displacement) and so on.
+        """
+        yield from zip(self.keys, self._parameters.values(), strict=True)
+
+    def state(self, module: nn.Module) -> dict[str, Trained]:
+        """The parameters now, as values.
+
+        Args:
+            module: the base module, which holds the anchor.
+
+        Returns:
+            parameter name -> copies on the CPU.
+        """
+        return {
+            name: Trained(to_value(moved), to_value(module.get_parameter(name)))
+            for name, moved in self.trained()
+        }
+
+    def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """What the module gives with its parameters moved; its own output at the start.
+
+        Args:
+            module: the base module.
+            args: its positional inputs.
+            kwargs: its named inputs.
+
+        Returns:
+            its output with every parameter p replaced by p + dp, rounded to p's dtype.
+        """
+        moved = {}
+        for name, displacement in self.trained():
+            start = module.get_parameter(name).detach()
+            change = displacement * -self.record.weight + 0.0
+            moved[f"inner.{name}"] = (start - change).to(start.dtype)
+        result: Tensor = functional_call(_Inner(module), moved, args, kwargs)
+        return result
+
+
+class _Inner(nn.Module):
+    """Calls a module's own forward, without the hook that we are in."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        result: Tensor = self.inner.forward(*args, **kwargs)
+        return result
