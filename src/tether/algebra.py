@@ -11,17 +11,31 @@ from tether.linalg import check_finite
 from tether.value import Adapter, Factors, LayerAdapter
 
 
-def delta(layer: LayerAdapter) -> Tensor:
+def delta(layer: LayerAdapter, weight: Tensor | None = None) -> Tensor:
     """The change of one site's weight, s·(B·dA + dB·A0).
 
     Args:
         layer: factors in any floating dtype; computed in float32 or better.
+        weight: (out, in) view of the base weight, which only a site with DoRA needs: its change
+            is m·(W + ΔW)/|W + ΔW| − W, the lengths taken row by row.
 
     Returns:
         (out, in), float32 (float64 if the factors are).
+
+    Raises:
+        ConfigError: the site has DoRA and no weight is given.
     """
     product = _plain(layer, layer.dtype)
-    return layer.scaling * (product.B @ product.A)
+    change = layer.scaling * (product.B @ product.A)
+    if layer.magnitude is None:
+        return change
+    if weight is None:
+        raise ConfigError("with DoRA the change of a weight depends on it; give the weight.")
+    moved = weight.to(change) + change
+    lengths = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
+    # A row of zeros has no direction to stretch.
+    safe = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+    return moved * (layer.magnitude.current.to(change)[:, None] / safe) - weight.to(change)
 
 
 def to_lora(adapter: Adapter, rank: int | None = None, tolerance: float | None = None) -> Adapter:
@@ -116,6 +130,21 @@ def norm(layer: LayerAdapter) -> float:
     """
     plain = _plain(layer, torch.float64)
     return layer.scaling * _product_norm(plain.B, plain.A)
+
+
+@torch.no_grad()
+def singular_values(layer: LayerAdapter) -> Tensor:
+    """The singular values of one site's ΔW (with DoRA: of its low-rank part), in float64.
+
+    Args:
+        layer: anchored or plain.
+
+    Returns:
+        (k,), descending, k the rank of the plain form or the smaller side of the weight.
+    """
+    plain = _plain(layer, torch.float64)
+    values: Tensor = torch.linalg.svdvals(_core(plain.B, plain.A)[1])
+    return layer.scaling * values
 
 
 @torch.no_grad()

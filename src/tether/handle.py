@@ -12,9 +12,11 @@ from torch import nn
 from tether import formats, freeze
 from tether.errors import DetachedError, HookNotFiredError
 from tether.layers import Layer, ModuleLayer, SiteLayer, carriers, layers_of, take_off
+from tether.layers.record import Take, to_shape, to_value
+from tether.source import Source
 from tether.start import original
 from tether.switch import quiet, set_active
-from tether.value import CHILD, Adapter
+from tether.value import CHILD, Adapter, LayerAdapter, Trained
 
 
 class Handle:
@@ -91,15 +93,39 @@ class Handle:
         Raises:
             DetachedError: the adapter was detached.
         """
+        return self._value(to_value)
+
+    def source(self) -> Source:
+        """The adapter now, to be read site by site. Changes nothing in the model.
+
+        Returns:
+            a source whose values are copied from the model when they are asked for.
+
+        Raises:
+            DetachedError: the adapter was detached.
+        """
+        about = self._value(to_shape)
+        carrying = carriers(self.model, self.name)
+        live = {_part(module, self.name).path: module for module in carrying}
+        return Source(
+            about=about,
+            layer=lambda path: _part(live[path], self.name).value(),
+            bias=lambda path: _part(live[path], self.name).bias(),
+            module=lambda path, name: _part(live[path], self.name).parameter(live[path], name),
+        )
+
+    def _value(self, take: Take) -> Adapter:
         self._check_attached()
-        layers, biases, modules = {}, {}, {}
+        layers: dict[str, LayerAdapter] = {}
+        biases: dict[str, Trained] = {}
+        modules: dict[str, dict[str, Trained]] = {}
         for module in carriers(self.model, self.name):
-            layer = getattr(module, CHILD)[self.name]
+            layer = _part(module, self.name)
             if isinstance(layer, SiteLayer):
-                layers[layer.path] = layer.value()
+                layers[layer.path] = layer.value(take)
             if isinstance(layer, ModuleLayer):
-                modules[layer.path] = layer.state(module)
-            elif (bias := layer.bias()) is not None:
+                modules[layer.path] = layer.state(module, take)
+            elif (bias := layer.bias(take)) is not None:
                 biases[layer.path] = bias
         return Adapter(
             layers=layers,
@@ -212,6 +238,11 @@ def handles(model: nn.Module) -> dict[str, Handle]:
     """
     found = layers_of(model)
     return {name: Handle(model, name, layers) for name, layers in found.items()}
+
+
+def _part(module: nn.Module, name: str) -> Any:
+    """An adapter's layer on a module that carries it."""
+    return getattr(module, CHILD)[name]
 
 
 def _adder(fired: set[str], path: str) -> Callable[..., None]:

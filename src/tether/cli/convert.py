@@ -18,7 +18,8 @@ from tether.cli.console import (
     use_all_cores,
 )
 from tether.errors import ConfigError, nearest
-from tether.export import ConversionReport, save_as_lora
+from tether.conversion import ConversionReport
+from tether.export import save_as_lora
 
 NAME = "convert"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tether.layers.dora import stretch
-from tether.layers.record import Layer, Record, contiguous_copy, to_value
+from tether.layers.record import Layer, Record, Take, contiguous_copy, to_value
 from tether.linalg import check_finite
 from tether.value import Factors, LayerAdapter, Layout, Trained
 
@@ -110,28 +110,34 @@ class SiteLayer(Layer):
         """Whether the site's bias is trained."""
         return "db" in self._parameters
 
-    def value(self) -> LayerAdapter:
+    def value(self, take: Take = to_value) -> LayerAdapter:
         """The layer now, as a value: float32 (or float64) copies on the CPU.
+
+        Args:
+            take: how to copy a tensor.
 
         Returns:
             a layer that shares nothing with the model.
         """
-        a, b = (to_value(getattr(self, name)) for name in self.names)
+        a, b = (take(getattr(self, name)) for name in self.names)
         anchor = None
         if self.anchor is not None:
-            anchor = Factors(to_value(self.anchor.A0), to_value(self.anchor.B0))
-        magnitude = Trained(to_value(self.dm), to_value(self.m0)) if self.dora else None
+            anchor = Factors(take(self.anchor.A0), take(self.anchor.B0))
+        magnitude = Trained(take(self.dm), take(self.m0)) if self.dora else None
         return LayerAdapter(
             Factors(a, b), anchor, self.scaling, self.layout, self.dropout, magnitude
         )
 
-    def bias(self) -> Trained | None:
+    def bias(self, take: Take = to_value) -> Trained | None:
         """The site's bias now, as a value.
+
+        Args:
+            take: how to copy a tensor.
 
         Returns:
             copies on the CPU, or None if it is not trained.
         """
-        return Trained(to_value(self.db), to_value(self.b0)) if self.biased else None
+        return Trained(take(self.db), take(self.b0)) if self.biased else None
 
     def forward(self, module: nn.Module, x: Tensor, output: Tensor, base: Tensor) -> Tensor:
         """The output with this adapter's change added.
