@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 import tether
 from tether import Adapter, Factors, LayerAdapter, Layout, Provenance, fs
 from tether.errors import WriteError
-from tether.formats import native, peft_write
+from tether.formats import native
+from tether.stream import TensorWriter
 
 FILES = {"one", "two"}
 
@@ -150,8 +151,9 @@ def calls(exchange: bool = True, **settings: object) -> Iterator[Calls]:
             patch.setattr(os, name, made.counted(name, getattr(os, name)))
         patch.setattr(os, "fsync", made.counted("fsync", lambda handle: None))
         patch.setattr(io, "open", made.counted("io.open", io.open))
-        for module in (native, peft_write):
-            patch.setattr(module, "save_file", made.counted("save_file", module.save_file))
+        patch.setattr(native, "save_file", made.counted("save_file", native.save_file))
+        for name in ("write", "finish"):
+            patch.setattr(TensorWriter, name, made.counted(name, getattr(TensorWriter, name)))
         if exchange:
             patch.setattr(fs, "_exchange", made.counted("exchange", fs._exchange))
         else:
@@ -238,8 +240,8 @@ def test_an_error_of_the_caller_s_own_is_kept_and_nothing_written(tmp_path, way,
         raise ZeroDivisionError
 
     monkeypatch.setattr(io, "open", broken)
-    for module in (native, peft_write):
-        monkeypatch.setattr(module, "save_file", broken)
+    monkeypatch.setattr(native, "save_file", broken)
+    monkeypatch.setattr(TensorWriter, "write", broken)
     with pytest.raises(ZeroDivisionError):
         way.write(target, 2)
     monkeypatch.undo()

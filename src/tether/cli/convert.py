@@ -17,8 +17,8 @@ from tether.cli.console import (
     print_json,
     use_all_cores,
 )
-from tether.errors import ConfigError, nearest
 from tether.conversion import ConversionReport
+from tether.errors import ConfigError, nearest
 from tether.export import save_as_lora
 
 NAME = "convert"
