@@ -5,12 +5,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tether.layers.dora import stretch
-from tether.layers.record import Layer, Record, contiguous_copy, to_value
+from tether.layers.record import Holder, Layer, Record, contiguous_copy, to_value
 from tether.linalg import check_finite
 from tether.value import Factors, LayerAdapter, Layout, Trained
 
 
-class Anchor(nn.Module):
+class Anchor(Holder):
     """Frozen initial factors; one object for all adapters of a site that have the same."""
 
     A0: Tensor
@@ -116,11 +116,13 @@ class SiteLayer(Layer):
         Returns:
             a layer that shares nothing with the model.
         """
-        a, b = (to_value(getattr(self, name)) for name in self.names)
+        a, b = (to_value(self.held(name)) for name in self.names)
         anchor = None
         if self.anchor is not None:
-            anchor = Factors(to_value(self.anchor.A0), to_value(self.anchor.B0))
-        magnitude = Trained(to_value(self.dm), to_value(self.m0)) if self.dora else None
+            anchor = Factors(*(to_value(self.anchor.held(name)) for name in ("A0", "B0")))
+        magnitude = None
+        if self.dora:
+            magnitude = Trained(to_value(self.held("dm")), to_value(self.held("m0")))
         return LayerAdapter(
             Factors(a, b), anchor, self.scaling, self.layout, self.dropout, magnitude
         )
@@ -131,7 +133,9 @@ class SiteLayer(Layer):
         Returns:
             copies on the CPU, or None if it is not trained.
         """
-        return Trained(to_value(self.db), to_value(self.b0)) if self.biased else None
+        if not self.biased:
+            return None
+        return Trained(to_value(self.held("db")), to_value(self.held("b0")))
 
     def forward(self, module: nn.Module, x: Tensor, output: Tensor, base: Tensor) -> Tensor:
         """The output with this adapter's change added.

@@ -41,7 +41,7 @@ class BiasLayer(Layer):
         Returns:
             copies on the CPU.
         """
-        return Trained(to_value(self.db), to_value(self.b0))
+        return Trained(to_value(self.held("db")), to_value(self.held("b0")))
 
     def forward(self, module: nn.Module, output: Tensor) -> Tensor:
         """The output with the bias's displacement added.
@@ -97,8 +97,8 @@ class ModuleLayer(Layer):
             parameter name -> copies on the CPU.
         """
         return {
-            name: Trained(to_value(moved), to_value(module.get_parameter(name)))
-            for name, moved in self.trained()
+            key: Trained(to_value(self.held(name)), to_value(module.get_parameter(key)))
+            for key, name in zip(self.keys, self._parameters, strict=True)
         }
 
     def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
