@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from tether import formats, freeze, memory, offload
+from tether import formats, freeze, offload
 from tether.errors import DetachedError, HookNotFiredError
 from tether.layers import Layer, SiteLayer, carriers, layers_of, take_off
+from tether.memory import Memory, measure
 from tether.start import original
 from tether.switch import quiet, set_active
 from tether.value import Adapter
@@ -142,7 +143,7 @@ class Handle:
         freeze.reset_compiler()
         return adapter
 
-    def memory(self) -> memory.Memory:
+    def memory(self) -> Memory:
         """What the adapter holds: anchors (shared ones too), trained factors, gradients.
 
         Returns:
@@ -152,7 +153,7 @@ class Handle:
             DetachedError: the adapter was detached.
         """
         self._check_attached()
-        return memory.measure(self.model, self.name)
+        return measure(self.model, self.name)
 
     def offload(self, where: str | os.PathLike[str] = "cpu") -> None:
         """Take the adapter's values off the model's memory; `restore` puts back every bit.

@@ -301,7 +301,8 @@ def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     """The memory behind a tensor, also behind a sharded or a quantised one's parts."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            yield from _storages(getattr(tensor, name))
+        parts = (getattr(tensor, name) for name in names)
+        for part in parts:
+            yield from _storages(part) if isinstance(part, Tensor) else ()
     elif tensor.device.type != "meta":
         yield tensor.untyped_storage()
