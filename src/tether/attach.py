@@ -34,6 +34,7 @@ from tether.layers import (
     take_off,
 )
 from tether.start import init, original
+from tether.switch import settle
 from tether.value import CHILD, Adapter, LayerAdapter, Layout, Trained
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -106,6 +107,7 @@ def attach(
         freeze.unfreeze(record)
         raise
     freeze.reset_compiler()
+    settle(base)
     return Handle(model, name, layers)
 
 

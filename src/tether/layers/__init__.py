@@ -14,23 +14,32 @@ from tether.layers.hooks import (
     records_of,
     take_off,
 )
-from tether.layers.record import Layer, Record, Rows
+from tether.layers.parking import Budget, bring_back, budgets_of, park, set_budget, share_anchors
+from tether.layers.record import Holder, Layer, Parked, Record, Rows
 from tether.layers.site import Anchor, SiteLayer
 from tether.layers.whole import BiasLayer, ModuleLayer
 
 __all__ = [
     "Anchor",
     "BiasLayer",
+    "Budget",
+    "Holder",
     "Layer",
     "ModuleLayer",
+    "Parked",
     "Record",
     "Rows",
     "SiteAdapters",
     "SiteLayer",
     "apply_adapters",
+    "bring_back",
+    "budgets_of",
     "carriers",
     "hang",
     "layers_of",
+    "park",
     "records_of",
+    "set_budget",
+    "share_anchors",
     "take_off",
 ]
