@@ -11,9 +11,19 @@ from torch import nn
 
 from tether import formats, freeze, memory, offload
 from tether.errors import DetachedError, HookNotFiredError
-from tether.layers import Layer, SiteLayer, carriers, layers_of, take_off
+from tether.layers import (
+    Layer,
+    SiteLayer,
+    carriers,
+    check_in_place,
+    layers_of,
+    originals,
+    records_of,
+    take_off,
+    withdraw,
+)
 from tether.start import original
-from tether.switch import quiet, set_active
+from tether.switch import Share, quiet, set_active, set_shares
 from tether.value import Adapter
 
 
@@ -47,6 +57,16 @@ class Handle:
     def active(self) -> bool:
         """Whether the adapter takes part in the forward pass."""
         return self.record.active
+
+    @property
+    def weight(self) -> float:
+        """By which the adapter's change is multiplied; set by `activate` and `only`."""
+        return self.record.weight
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter's change is in the base's weights now; see `merge`."""
+        return self.record.merged
 
     @property
     def offloaded(self) -> bool:
@@ -127,14 +147,21 @@ class Handle:
     def detach(self) -> Adapter:
         """Take the adapter off the model, which is then as it was before `attach`.
 
+        A merged one is un-merged first.
+
         Returns:
             the adapter as it was at this moment; nothing is lost.
 
         Raises:
             DetachedError: it was detached before.
+            MergedError: in a block that leaves merged adapters out.
         """
-        adapter = self.snapshot()
+        self._check_attached()
         model = original(self.model)
+        check_in_place(model)
+        adapter = self.snapshot()
+        if self.merged:
+            withdraw(model, self.record)
         for module in carriers(model, self.name):
             take_off(module, self.name)
         offload.tidy(model)
@@ -204,7 +231,13 @@ class Handle:
             nothing; the model's output is what it would be without this adapter.
         """
         self._check_attached()
-        with set_active(self.model, {self.record: False}):
+        with ExitStack() as stack:
+            states = {self.record: False}
+            if self.merged:
+                merged = {r: True for r in records_of(self.model) if r.merged}
+                states = merged | states
+                stack.enter_context(originals(self.model))
+            stack.enter_context(set_active(self.model, states))
             yield
 
     def verify(self, batch: Any) -> None:
@@ -221,7 +254,9 @@ class Handle:
         fired: set[str] = set()
         with ExitStack() as stack:
             stack.enter_context(quiet(original(self.model)))
+            stack.enter_context(originals(self.model))
             stack.enter_context(set_active(self.model, {self.record: True}))
+            stack.enter_context(set_shares({self.record: Share()}))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             for path, layer in self._layers.items():
                 hook = layer.register_forward_hook(_adder(fired, path))
