@@ -119,6 +119,27 @@ def compress(
 
 
 @torch.no_grad()
+def balanced(layer: LayerAdapter) -> Factors:
+    """ΔW as two plain factors: the scaling folded into B, then each pair's size evened out.
+
+    Small displacements would fall into float16's subnormal numbers; powers of two are exact.
+
+    Args:
+        layer: anchored or plain.
+
+    Returns:
+        factors whose product is ΔW, float32 (float64 if the factors are).
+    """
+    plain = _plain(layer, layer.dtype)
+    a, b = plain.A, layer.scaling * plain.B
+    size_a, size_b = a.abs().amax(dim=1), b.abs().amax(dim=0)
+    live = (size_a > 0) & (size_b > 0)
+    exponent = torch.where(live, (size_b.log2() - size_a.log2()) / 2, torch.zeros_like(size_a))
+    shift = exponent.round().clamp(-60, 60)
+    return Factors(torch.ldexp(a, shift[:, None]), torch.ldexp(b, -shift))
+
+
+@torch.no_grad()
 def norm(layer: LayerAdapter) -> float:
     """|ΔW|_F of one site, from the factors alone, in float64.
 

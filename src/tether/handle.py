@@ -11,13 +11,23 @@ from torch import nn
 
 from tether import formats, freeze, offload
 from tether.errors import DetachedError, HookNotFiredError
-from tether.layers import Layer, SiteLayer, carriers, layers_of, take_off
+from tether.layers import (
+    Layer,
+    SiteLayer,
+    carriers,
+    check_in_place,
+    layers_of,
+    originals,
+    records_of,
+    take_off,
+    withdraw,
+)
 from tether.layers.record import to_shape
 from tether.memory import Memory, measure
 from tether.source import Source, of_adapter
 from tether.start import original
-from tether.switch import quiet, set_active
-from tether.value import CHILD, Adapter
+from tether.switch import Share, quiet, set_active, set_shares
+from tether.value import CHILD, Adapter, Trained
 
 
 class Handle:
@@ -50,6 +60,16 @@ class Handle:
     def active(self) -> bool:
         """Whether the adapter takes part in the forward pass."""
         return self.record.active
+
+    @property
+    def weight(self) -> float:
+        """By which the adapter's change is multiplied; set by `activate` and `only`."""
+        return self.record.weight
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter's change is in the base's weights now; see `merge`."""
+        return self.record.merged
 
     @property
     def offloaded(self) -> bool:
@@ -118,11 +138,17 @@ class Handle:
         self._check_attached()
         carrying = carriers(self.model, self.name)
         live = {_part(module, self.name).path: module for module in carrying}
+
+        def parameter(path: str, name: str) -> Trained:
+            with originals(self.model):
+                value: Trained = _part(live[path], self.name).parameter(live[path], name)
+                return value
+
         return Source(
             about=offload.snapshot(self.model, self.name, to_shape),
             layer=lambda path: _part(live[path], self.name).value(),
             bias=lambda path: _part(live[path], self.name).bias(),
-            module=lambda path, name: _part(live[path], self.name).parameter(live[path], name),
+            module=parameter,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -152,14 +178,21 @@ class Handle:
     def detach(self) -> Adapter:
         """Take the adapter off the model, which is then as it was before `attach`.
 
+        A merged one is un-merged first.
+
         Returns:
             the adapter as it was at this moment; nothing is lost.
 
         Raises:
             DetachedError: it was detached before.
+            MergedError: in a block that leaves merged adapters out.
         """
-        adapter = self.snapshot()
+        self._check_attached()
         model = original(self.model)
+        check_in_place(model)
+        adapter = self.snapshot()
+        if self.merged:
+            withdraw(model, self.record)
         for module in carriers(model, self.name):
             take_off(module, self.name)
         offload.tidy(model)
@@ -229,7 +262,13 @@ class Handle:
             nothing; the model's output is what it would be without this adapter.
         """
         self._check_attached()
-        with set_active(self.model, {self.record: False}):
+        with ExitStack() as stack:
+            states = {self.record: False}
+            if self.merged:
+                merged = {r: True for r in records_of(self.model) if r.merged}
+                states = merged | states
+                stack.enter_context(originals(self.model))
+            stack.enter_context(set_active(self.model, states))
             yield
 
     def verify(self, batch: Any) -> None:
@@ -246,7 +285,9 @@ class Handle:
         fired: set[str] = set()
         with ExitStack() as stack:
             stack.enter_context(quiet(original(self.model)))
+            stack.enter_context(originals(self.model))
             stack.enter_context(set_active(self.model, {self.record: True}))
+            stack.enter_context(set_shares({self.record: Share()}))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             for path, layer in self._layers.items():
                 hook = layer.register_forward_hook(_adder(fired, path))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tether import fs
-from tether.errors import ConfigError, OffloadedError, ShardedWeightError, TetherError
+from tether.errors import ConfigError, MergedError, OffloadedError, ShardedWeightError, TetherError
 from tether.formats import only_copy
 from tether.layers import (
     Anchor,
@@ -22,6 +22,7 @@ from tether.layers import (
     bring_back,
     carriers,
     layers_of,
+    originals,
     park,
     records_of,
     set_budget,
@@ -59,7 +60,8 @@ def snapshot(model: nn.Module, name: str, take: Take = to_value) -> Adapter:
         if isinstance(layer, SiteLayer):
             layers[layer.path] = layer.value(take)
         if isinstance(layer, ModuleLayer):
-            states[layer.path] = layer.state(module, take)
+            with originals(model):
+                states[layer.path] = layer.state(module, take)
         elif (bias := layer.bias(take)) is not None:
             biases[layer.path] = bias
     return Adapter(
@@ -86,6 +88,7 @@ def offload(
 
     Raises:
         OffloadedError: it is offloaded to another place.
+        MergedError: it is merged into the weights.
         ConfigError: `where` is another device.
         ShardedWeightError: its tensors are sharded.
         NonFiniteError: it holds NaN or Inf, which a file does not take.
@@ -102,6 +105,11 @@ def offload(
             )
         record.parked.by_limit = by_limit
         return
+    if record.merged:
+        raise MergedError(
+            f"adapter {name!r} is merged into the weights, and its factors are needed to leave it "
+            "out. Un-merge it first, with tether.unmerge, then offload it."
+        )
     _check_local(layers)
     digest = "" if path is None else only_copy.write(snapshot(model, name), path)
     record.parked = Parked(record.active, path, digest, by_limit)

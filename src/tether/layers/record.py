@@ -59,6 +59,7 @@ class Record:
         active: whether its layers take part in the forward pass.
         weight: by which its change is multiplied.
         rows: of the batch in which it takes part; None for all.
+        merged: whether its change is in the base's weights, as they are now.
         frozen: base parameters that attaching stopped from training.
         enabled_input_grads: whether attaching switched on the model's input gradients.
         parked: where its values are while it is offloaded; None while they are on the model.
@@ -76,6 +77,7 @@ class Record:
     active: bool = True
     weight: float = 1.0
     rows: Rows | None = None
+    merged: bool = False
     frozen: list[nn.Parameter] = field(default_factory=list)
     enabled_input_grads: bool = False
     parked: Parked | None = None

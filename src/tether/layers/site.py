@@ -100,6 +100,21 @@ class SiteLayer(Layer):
         self.add(moved, contiguous_copy(value.trainable, dtype))
         self.register_buffer(start, contiguous_copy(value.anchor, dtype))
 
+    def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Two factors whose product is ΔW without s, and no large halves that cancel.
+
+        Args:
+            dtype: to compute in.
+
+        Returns:
+            [B, dB] (out, 2r) and [dA; A0] (2r, in); without an anchor B and A.
+        """
+        a, b = (getattr(self, name).to(dtype) for name in self.names)
+        if self.anchor is None:
+            return b, a
+        a0, b0 = self.anchor.A0.to(dtype), self.anchor.B0.to(dtype)
+        return torch.cat([b0 + b, b], dim=1), torch.cat([a, a0])
+
     @property
     def dora(self) -> bool:
         """Whether the rows' lengths are trained."""
