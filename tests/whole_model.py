@@ -9,8 +9,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from transformers.pytorch_utils import Conv1D
 
 import tether
-from laws.cases import bits, truth
-from tether.value import LayerAdapter, Trained
+from laws.cases import bits, truth, wholes_of
+from tether.value import LayerAdapter
 
 WIDTH = 6
 IDS = torch.arange(1, 9).view(2, 4)
@@ -95,16 +95,6 @@ def changed_state(model: nn.Module, adapter: tether.Adapter) -> dict[str, Tensor
         assert value.anchor is not None
         found[name] = own[name].detach().double() + value.trainable.double()
     return found
-
-
-def wholes_of(adapter: tether.Adapter) -> dict[str, Trained]:
-    """Magnitudes, biases and parameters of modules, by name."""
-    magnitudes = {
-        f"{path}.magnitude": layer.magnitude
-        for path, layer in adapter.layers.items()
-        if layer.magnitude is not None
-    }
-    return magnitudes | dict(adapter.trained_whole)
 
 
 def whole_bits(adapter: tether.Adapter) -> dict[str, object]:
