@@ -67,6 +67,7 @@ def test_cat_and_linear_are_the_exact_sum(drawn):
     for result in (cat, linear):
         for here in result.adapter.layers.values():
             assert (here.anchor, here.scaling, here.dropout) == (None, 1.0, 0.0)
+            assert {here.trainable.A.dtype, here.trainable.B.dtype} == {torch.float32}
 
 
 @PROFILE

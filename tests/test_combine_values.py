@@ -234,8 +234,9 @@ def test_the_names_select_the_sites_of_all_and_no_more():
     q = named(("q",), ("0.q", "1.q"))
     v = named(("v", "0.k"), ("0.v", "1.v", "0.k"))
     assert combine.cat([q, v]).adapter.targets == ("0.k", "q", "v")
-    # "proj" alone leaves out "block.proj", which the other adapts; both leave out "deep.proj".
-    top = named(("proj",), ("proj",), ("block.proj", "deep.proj"))
+    # "proj" alone leaves out "block.proj", which the other adapts; "deep.proj" stays left out;
+    # "other" is selected by no whole path.
+    top = named(("proj",), ("proj",), ("block.proj", "deep.proj", "other"))
     block = named(("block.proj",), ("block.proj",))
     found = combine.cat([top, block]).adapter
     assert (found.targets, found.excluded) == (("block.proj", "proj"), ("deep.proj",))

@@ -99,7 +99,7 @@ def elect(changes: Sequence[Tensor], majority: str = "total") -> Tensor:
     if majority == "frequency":
         votes = _sum([change.sign() for change in changes]).sign()
         sign = torch.where(votes != 0, votes, sign)
-    agree = [(change.sign() == sign) & (sign != 0) for change in changes]
+    agree = [change.sign() == sign for change in changes]
     kept = _sum([torch.where(same, c, 0) for same, c in zip(agree, changes, strict=True)])
     return kept / _sum([same.to(kept.dtype) for same in agree]).clamp(min=1)
 
