@@ -82,7 +82,9 @@ def test_metadata_fit_exactly_the_room_kept_for_them(tmp_path):
     metadata = {"key": "x" * 101}
     room = len(json.dumps(metadata, separators=(",", ":")))
     assert container.read(write(tmp_path / "a", metadata=metadata, room=room))[1] == metadata
-    with pytest.raises(ConfigError, match=r"the metadata need [0-9]+ bytes more than metadata_room"):
+    with pytest.raises(
+        ConfigError, match=r"the metadata need [0-9]+ bytes more than metadata_room"
+    ):
         write(tmp_path / "b", metadata=metadata, room=room - 16)
 
 

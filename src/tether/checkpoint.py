@@ -99,7 +99,7 @@ class Checkpoint:
         entries: dict[str, _Entry] = {}
         shards, metadata = {}, {}
         listed = _listed(folder)
-        for file in dict.fromkeys(listed.values()) if listed else (WEIGHTS,):
+        for file in sorted(set(listed.values())) or (WEIGHTS,):
             found, metadata[file] = _read_header(check_inside(folder, file))
             for name in found:
                 if listed and listed.get(name) != file:

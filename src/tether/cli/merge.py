@@ -21,7 +21,7 @@ from tether.cli.console import (
 from tether.errors import ConfigError, nearest
 from tether.integrations import hub
 from tether.merged import MergeReport, save_merged
-from tether.merged.folder import check_place
+from tether.merged.folder import check_outside
 
 NAME = "merge"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -52,7 +52,7 @@ def command(
         use_all_cores()
         if dtype is not None and dtype not in _DTYPES:
             raise ConfigError(f"dtype {dtype!r} is not one. {nearest(dtype, _DTYPES)}")
-        check_place(adapter, output, "adapter")
+        check_outside(output, adapter, "adapter")
         folder = Path(base) if Path(base).is_dir() else Path(hub.fetch(base))
         value = formats.load(adapter)
         with Bars(quiet=json_).task("Merging") as task:

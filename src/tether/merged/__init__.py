@@ -109,7 +109,8 @@ def save_merged(
         raise ConfigError(f"dtype {dtype} is none of {', '.join(map(str, DTYPES))}.")
     source = base if isinstance(base, Checkpoint) else Checkpoint.open(Path(base))
     target = Path(path)
-    folder.check_place(source.folder, target)
+    folder.check_outside(target, source.folder, "base model")
+    folder.check_free(target)
     todo = plan.make(source, adapter)
     copied, left_out = folder.beside_weights(source.folder)
     left_out = [name for name in left_out if name not in (*todo.shards, INDEX)]

@@ -14,8 +14,8 @@ from tether.value import Factors, LayerAdapter, Layout, Trained
 
 _BLOCK = 1 << 20  # values
 
-# Views of the weight and of the result, and what is to be added between them.
-_Blocks = Iterator[tuple[Tensor, Tensor, Tensor]]
+# Views of the weight and of the result; the values to write there; what they are changed by.
+_Blocks = Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +65,9 @@ def add(
     else:
         blocks = _trained_blocks(weight, result, change, work, name if verify else None)
     square = lost = 0.0
-    for old, new, delta in blocks:
+    for old, new, wanted, delta in blocks:
         before = old.to(torch.float64, copy=True)
-        new.copy_(old.to(work) + delta)
+        new.copy_(wanted)
         square += float(torch.linalg.vector_norm(delta)) ** 2
         before.neg_().add_(new).sub_(delta)
         lost += float(torch.linalg.vector_norm(before)) ** 2
@@ -87,14 +87,15 @@ def _site_blocks(weight: Tensor, result: Tensor, layer: LayerAdapter, work: torc
     for start in range(0, length, step):
         part, every = slice(start, start + step), slice(None)
         rows, cols = (every, part) if columns else (part, every)
+        wide = old[rows, cols].to(work)
         delta = algebra.delta(_part(layer, rows, cols, work))
+        wanted = wide + delta
         if layer.magnitude is not None:
-            wide = old[rows].to(work)
-            moved = wide + delta
-            lengths = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
+            lengths = torch.linalg.vector_norm(wanted, dim=1, keepdim=True)
             m = layer.magnitude.current[rows, None].to(work)
-            delta = m * moved / lengths.clamp_min(torch.finfo(work).tiny) - wide
-        yield old[rows, cols], new[rows, cols], delta
+            wanted *= m / lengths.clamp_min(torch.finfo(work).tiny)
+            delta = wanted - wide
+        yield old[rows, cols], new[rows, cols], wanted, delta
 
 
 def _part(layer: LayerAdapter, rows: slice, cols: slice, work: torch.dtype) -> LayerAdapter:
@@ -110,14 +111,15 @@ def _part(layer: LayerAdapter, rows: slice, cols: slice, work: torch.dtype) -> L
 
 
 def _trained_blocks(
-    weight: Tensor, result: Tensor, value: Trained, work: torch.dtype, check: str | None
+    weight: Tensor, result: Tensor, trained: Trained, work: torch.dtype, check: str | None
 ) -> _Blocks:
-    old, new, moved = weight.reshape(-1), result.view(-1), value.trainable.reshape(-1)
-    anchor = None if value.anchor is None else value.anchor.reshape(-1)
+    old, new, moved = weight.reshape(-1), result.view(-1), trained.trainable.reshape(-1)
+    anchor = None if trained.anchor is None else trained.anchor.reshape(-1)
     for start in range(0, len(old), _BLOCK):
         part = slice(start, start + _BLOCK)
+        wide, value = old[part].to(work), moved[part].to(work)
         if anchor is None:
-            yield old[part], new[part], moved[part].to(work) - old[part].to(work)
+            yield old[part], new[part], value, value - wide
             continue
         if check is not None and not _equal(old[part], anchor[part]):
             raise BaseMismatchError(
@@ -125,7 +127,7 @@ def _trained_blocks(
                 "model that the adapter was made on, or insist with verify=False (--no-verify) if "
                 "you know that it belongs here."
             )
-        yield old[part], new[part], moved[part].to(work)
+        yield old[part], new[part], wide + value, value
 
 
 def _equal(here: Tensor, anchor: Tensor) -> bool:

@@ -18,20 +18,31 @@ _LEFT_OUT = (
 )
 
 
-def check_place(base: Path, path: Path, what: str = "base model") -> None:
-    """Raise unless a folder may be written: not in an input folder, and nothing is in it.
+def check_outside(path: Path, source: Path, what: str) -> None:
+    """Raise if a folder to write lies in an input folder.
 
     Args:
-        base: an input folder, or file.
         path: of the folder to write.
+        source: an input folder, or file.
         what: what to call the input.
 
     Raises:
-        WriteError: it may not.
+        WriteError: it does.
     """
-    target, source = path.resolve(), base.resolve()
-    if target == source or source in target.parents:
-        raise WriteError(f"{path}: lies in the folder of the {what}, {base}; give another place.")
+    target, place = path.resolve(), source.resolve()
+    if target == place or place in target.parents:
+        raise WriteError(f"{path}: lies in the folder of the {what}, {source}; give another place.")
+
+
+def check_free(path: Path) -> None:
+    """Raise unless a folder to write is new, or empty: a model there would be lost.
+
+    Args:
+        path: of the folder.
+
+    Raises:
+        WriteError: it holds something.
+    """
     if path.is_dir() and (first := next(iter(sorted(path.iterdir())), None)):
         raise WriteError(f"{path}: holds {first.name!r}; give a new folder, or empty this one.")
 
