@@ -31,6 +31,7 @@ ORDER = (
     "stream",
     "source",
     "rescue",
+    "merged",
     "layers",
     "switch",
     "rows",

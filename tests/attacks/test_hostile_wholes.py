@@ -186,7 +186,9 @@ def test_version_1_holds_no_parts(tmp_path):
     refused(seal(path, [], tensors, version="1"), HeaderError)
 
 
-@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a\nb", "a\0b", "x" * 5000, "__class__"])
+@pytest.mark.parametrize(
+    "name", ["../../x", "/etc/passwd", "a\nb", "a\0b", "x" * 5000, "__class__"]
+)
 def test_a_module_s_path_is_a_name_and_never_a_place(path, name):
     header, tensors = parts(path)
     for stem in ("norm:bias", "pooler:dense.weight:module", "pooler:scale:module"):
