@@ -19,6 +19,8 @@ TetherError
 |   |-- BaseMismatchError        a base weight is not the one the adapter was made on
 |   |-- HookNotFiredError        a site's forward was never called
 |   |-- RowsError                a batch whose rows cannot be told apart at a site
+|   |-- UntrackedError           how a live peft adapter started is not known
+|   |-- MergedError              an adapter is merged into the base's weights
 |   |-- OffloadedError           the adapter's factors are not on the model
 |   `-- VerificationError        a file and the live model give different outputs
 |-- FormatError                  a file that is not what it should be
@@ -112,6 +114,14 @@ class HookNotFiredError(AttachError):
 
 class RowsError(AttachError):
     """A batch whose rows cannot be told apart at a site."""
+
+
+class UntrackedError(AttachError):
+    """How a live peft adapter started is not known, and so what training changed."""
+
+
+class MergedError(AttachError):
+    """An adapter is merged into the base's weights."""
 
 
 class OffloadedError(AttachError):
