@@ -171,11 +171,8 @@ def _restore(
     """Write the original weights and biases back."""
     restored: dict[str, Restored] = {}
     for path, place in live.places.items():
-        parts = tracker.parts(live, path)
-        tied = next((restored[p] for p in live.sharing.get(path, ()) if p in restored), None)
-        if not parts or tied is not None:
-            if tied is not None:
-                restored[path] = tied
+        parts = tracker.parts(path)
+        if not parts:
             continue
         residual = place.weight
         if base is not None:

@@ -18,9 +18,11 @@ from tether.integrations.peft.place import Place
 from tether.integrations.peft.starts import Start, Tracker
 from tether.layers.record import to_value
 
-# Of the rounding of float32, with room for large matrices; a step of training is far above it.
-_ORTHOGONAL = 1e-5
-_VANISHING = 3e-6
+# Rounding of float32 gives 2e-7 on SmolLM2, one step of AdamW at 2e-5 already 8e-6.
+_ORTHOGONAL = 3e-6
+# There peft's PiSSA leaves singular values of 3e-6 of the largest, and the next is 30 times that;
+# without it, as many are 5e-4 and the next is beside them.
+_VANISHING, _GAP = 1e-5, 10
 
 
 def find(live: Live, tracker: Tracker, name: str, anchor: Path | None, base: Base | None) -> Start:
@@ -42,7 +44,6 @@ def find(live: Live, tracker: Tracker, name: str, anchor: Path | None, base: Bas
         BaseMismatchError: weights, start and `base` do not fit together.
     """
     config = live.config(name)
-    _refuse_olora_on_conv1d(live, name)
     if anchor is not None:
         parts, biases = read_start(live, name, anchor)
         start = Start(method(config), {p: _unless_zero(part) for p, part in parts.items()}, biases)
@@ -58,6 +59,7 @@ def find(live: Live, tracker: Tracker, name: str, anchor: Path | None, base: Bas
             for path in trained_biases(live, name)
         }
         start = replace(start, biases=biases)
+    _refuse_broken(live, name, start)
     marks = {path: place.mark(name) for path, place in live.sites(name).items()}
     tracker.adapters[name] = start = replace(start, marks=marks)
     if base is not None:
@@ -83,7 +85,6 @@ def begin(live: Live, tracker: Tracker, name: str, base: Base | None) -> Start:
         BaseMismatchError: weights, factors and `base` do not fit together.
     """
     config = live.config(name)
-    _refuse_olora_on_conv1d(live, name)
     parts: dict[str, Part | None] = {}
     for path, place in live.sites(name).items():
         if any(parameter.grad is not None for parameter in place.parameters(name)):
@@ -97,7 +98,9 @@ def begin(live: Live, tracker: Tracker, name: str, base: Base | None) -> Start:
         path: to_value(live.places[path].module.get_parameter("bias"))
         for path in trained_biases(live, name)
     }
-    tracker.adapters[name] = Start(method(config), parts, biases)
+    start = Start(method(config), parts, biases)
+    _refuse_broken(live, name, start)
+    tracker.adapters[name] = start
     return find(live, tracker, name, None, base)
 
 
@@ -124,12 +127,20 @@ def trained_biases(live: Live, name: str) -> list[str]:
     ]
 
 
-def _refuse_olora_on_conv1d(live: Live, name: str) -> None:
-    for path, place in live.sites(name).items():
-        if method(live.config(name)) == "olora" and place.layout.kind == "transposed":
+def _refuse_broken(live: Live, name: str, start: Start) -> None:
+    """Starts with which the model was another one than the base before any training."""
+    for path in (path for path, part in start.parts.items() if part is not None):
+        if start.method == "olora" and live.places[path].layout.kind == "transposed":
             raise UnsupportedAdapterError(
                 f"site {path!r}: peft's OLoRA takes its part out of a Conv1D the wrong way round, "
                 "so the model was wrong before training. Start with another init_lora_weights."
+            )
+        tied = [other for other in live.sharing[path] if other != path]
+        if tied:
+            raise UnsupportedAdapterError(
+                f"site {path!r}: its weight is tied to that of {tied[0]!r}, out of which peft took "
+                f"the part of adapter {name!r} as well, so the model was wrong before training. "
+                "Untie them first, or leave the module out of target_modules."
             )
 
 
@@ -146,8 +157,9 @@ def _part_now(
         return None
     config = live.config(name)
     if splits(config):
-        if base is None and method(config) not in ("corda", "lora_ga"):
-            _refuse_trained(live, tracker, place, name, part)
+        broken = method(config) == "olora" and place.layout.kind == "transposed"
+        if base is None and not broken and method(config) not in ("corda", "lora_ga"):
+            _refuse_trained(tracker, place, name, part)
         return part
     # By its configuration a plain start. But peft's recipe for saving an initial PiSSA sets
     # init_lora_weights to True on the live adapter, after the weights were split.
@@ -157,17 +169,17 @@ def _part_now(
     return part if overlap is not None and overlap < _ORTHOGONAL else None
 
 
-def _refuse_trained(live: Live, tracker: Tracker, place: Place, name: str, part: Part) -> None:
-    if len(place.adapters) > 1 or tracker.parts(live, place.path):
+def _refuse_trained(tracker: Tracker, place: Place, name: str, part: Part) -> None:
+    if len(place.adapters) > 1 or tracker.parts(place.path):
         return
     overlap = _overlap(place, part)
     if overlap is not None and overlap > _ORTHOGONAL:
         raise UntrackedError(
             f"site {place.path!r}: the factors of adapter {name!r} are not those that it started "
             f"with: they and what is left of the weight are {overlap:.1e} of its norm from what a "
-            f"start leaves; rounding explains {_ORTHOGONAL:g}. Training has begun, or a trained adapter was loaded. Give the "
-            "folder of the adapter as it was before training (anchor=), or that of the base model "
-            "(base=)."
+            f"start leaves; rounding explains {_ORTHOGONAL:g}. Training has begun, or a trained "
+            "adapter was loaded. Give the folder of the adapter as it was before training "
+            "(anchor=), or that of the base model (base=)."
         )
 
 
@@ -206,7 +218,7 @@ def _plain(live: Live, tracker: Tracker, name: str) -> Start:
             f"part out of the base's weights; without the factors it started with, its change is "
             f"not known. {advice}"
         )
-    place = _telltale(live, tracker, sites)
+    place = _telltale(tracker, sites)
     if place is not None and _is_residual(place, name):
         raise UntrackedError(
             f"adapter {name!r} has init_lora_weights={method(config)!r} in its configuration, but "
@@ -216,15 +228,16 @@ def _plain(live: Live, tracker: Tracker, name: str) -> Start:
     return Start(method(config), dict.fromkeys(sites))
 
 
-def _telltale(live: Live, tracker: Tracker, sites: Mapping[str, Place]) -> Place | None:
+def _telltale(tracker: Tracker, sites: Mapping[str, Place]) -> Place | None:
     """The smallest weight that would show whether parts were taken out."""
     known = [
         place
         for path, place in sites.items()
         if place.linear
-        and not tracker.parts(live, path)
+        and not tracker.parts(path)
         and len(place.adapters) == 1
-        and place.module.get_parameter("weight").dtype == torch.float32
+        and place.readable
+        and place.weight.dtype == torch.float32
     ]
     return min(known, key=lambda place: math.prod(place.layout.shape), default=None)
 
@@ -233,14 +246,17 @@ def _is_residual(place: Place, name: str) -> bool:
     """Whether as many singular values as the adapter's rank are zero but for rounding."""
     values = torch.linalg.svdvals(place.layout.matrix(place.weight).cpu().double())
     rank = place.factors(name).rank
-    return rank < len(values) and bool(values[-rank] < _VANISHING * values[0])
+    if rank >= len(values):
+        return False
+    vanishing = values[-rank] < _VANISHING * values[0]
+    return bool(vanishing and _GAP * values[-rank] < values[-rank - 1])
 
 
 def _recovered(live: Live, tracker: Tracker, name: str, base: Base) -> dict[str, Part | None]:
     """The parts that an adapter took out, from what is missing in the weights."""
     found: dict[str, Part | None] = {}
     for path, place in live.sites(name).items():
-        known, unknown = tracker.parts(live, path), tracker.unknown(live, path)
+        known, unknown = tracker.parts(path), tracker.unknown(live, path)
         found[path] = None
         weight = base.tensor(place)
         if not place.linear or (not known and torch.equal(weight, place.weight.cpu())):
@@ -263,5 +279,5 @@ def _verify(live: Live, tracker: Tracker, name: str, base: Base) -> None:
     for path, place in live.sites(name).items():
         weight: Tensor = base.tensor(place)
         if not tracker.unknown(live, path):
-            originals.check(place, weight, tracker.parts(live, path), base.checkpoint.folder)
+            originals.check(place, weight, tracker.parts(path), base.checkpoint.folder)
         tracker.fingerprints[path] = fingerprint_tensor(weight)

@@ -7,7 +7,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from tether import sites
-from tether.errors import MetaTensorError, ShardedWeightError, UnsupportedAdapterError
+from tether.errors import (
+    MetaTensorError,
+    ShardedWeightError,
+    UnsupportedAdapterError,
+    UnsupportedModuleError,
+    WeightError,
+)
 from tether.layers.record import to_value
 from tether.value import CHILD, Factors, Layout
 
@@ -42,6 +48,14 @@ class Place:
     def linear(self) -> bool:
         """Whether peft can take a part out of the weight here: not out of others than these."""
         return self.layout.kind in ("linear", "transposed")
+
+    @property
+    def readable(self) -> bool:
+        """Whether the weight has values to read: not quantised, sharded or offloaded."""
+        try:
+            return bool(self.weight.numel())
+        except (UnsupportedModuleError, WeightError):
+            return False
 
     @property
     def weight(self) -> Tensor:

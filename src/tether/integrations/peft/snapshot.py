@@ -144,7 +144,7 @@ def take(live: Live, tracker: Tracker, name: str, start: Start, base: Base | Non
     layers = {}
     for path, place in places.items():
         dora = place.magnitude(name) is not None
-        weight = _original(live, tracker, place, base) if dora else None
+        weight = _original(tracker, place, base) if dora else None
         layers[path] = _layer(place, name, start, weight)
     targets, excluded = sites.short_targets(_skeleton(live), list(layers))
     return Adapter(
@@ -238,12 +238,12 @@ def _layer(place: Place, name: str, start: Start, weight: Tensor | None) -> Laye
         raise type(error)(f"site {place.path!r}: {error}") from error
 
 
-def _original(live: Live, tracker: Tracker, place: Place, base: Base | None) -> Tensor | None:
+def _original(tracker: Tracker, place: Place, base: Base | None) -> Tensor | None:
     """The original weight of a site, if it is at hand."""
     if base is not None:
         return base.tensor(place)
     # It has a fingerprint, and nothing was taken out of it: it is the one in the model.
-    here = place.path in tracker.fingerprints and not tracker.parts(live, place.path)
+    here = place.path in tracker.fingerprints and not tracker.parts(place.path)
     return place.weight if here else None
 
 

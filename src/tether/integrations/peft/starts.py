@@ -4,7 +4,6 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from tether.errors import UnsupportedModuleError, WeightError
 from tether.fingerprints import fingerprint_tensor
 from tether.integrations.peft.live import Live, splits
 from tether.integrations.peft.originals import Part
@@ -94,22 +93,20 @@ class Tracker:
         """
         vars(live.model)[_ATTRIBUTE] = self
 
-    def parts(self, live: Live, path: str) -> list[Part]:
-        """What was taken out of a weight, as far as it is known, be it under a tied one's path.
+    def parts(self, path: str) -> list[Part]:
+        """What was taken out of a weight, as far as it is known.
 
         Args:
-            live: the peft model.
             path: of the site.
 
         Returns:
             the parts.
         """
         starts = [*self.gone, *self.adapters.values()]
-        found = (s.parts.get(other) for s in starts for other in live.sharing.get(path, (path,)))
-        return [part for part in found if part is not None]
+        return [part for start in starts if (part := start.parts.get(path)) is not None]
 
     def unknown(self, live: Live, path: str) -> list[str]:
-        """The adapters that may have taken an unknown part out of a weight.
+        """The adapters that may have taken an unknown part out of a weight, or of one tied to it.
 
         Args:
             live: the peft model.
@@ -134,9 +131,6 @@ class Tracker:
             name: of the adapter whose sites they are.
         """
         for path, place in live.sites(name).items():
-            if path in self.fingerprints or self.parts(live, path) or self.unknown(live, path):
-                continue
-            try:
+            whole = not (self.parts(path) or self.unknown(live, path))
+            if whole and path not in self.fingerprints and place.readable:
                 self.fingerprints[path] = fingerprint_tensor(place.weight)
-            except (UnsupportedModuleError, WeightError):
-                continue  # a quantised or sharded weight: there are no values to digest
