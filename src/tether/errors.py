@@ -19,6 +19,7 @@ TetherError
 |   |-- BaseMismatchError        a base weight is not the one the adapter was made on
 |   |-- HookNotFiredError        a site's forward was never called
 |   |-- RowsError                a batch whose rows cannot be told apart at a site
+|   |-- UntrackedError           how a live peft adapter started is not known
 |   |-- MergedError              an adapter is merged into the base's weights
 |   |-- TiedWeightError          a weight that is another module's too cannot be merged into
 |   |-- OffloadedError           the adapter's factors are not on the model
@@ -114,6 +115,10 @@ class HookNotFiredError(AttachError):
 
 class RowsError(AttachError):
     """A batch whose rows cannot be told apart at a site."""
+
+
+class UntrackedError(AttachError):
+    """How a live peft adapter started is not known, and so what training changed."""
 
 
 class MergedError(AttachError):
