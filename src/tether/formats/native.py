@@ -44,13 +44,12 @@ def save(adapter: Adapter, path: str | os.PathLike[str]) -> None:
         WriteError: it cannot be written; what was there stays.
         NonFiniteError: a factor holds NaN or Inf.
     """
-    tensors = {}
+    tensors: dict[str, Tensor] = {}
     for site, layer in adapter.layers.items():
-        for name, tensor in _tensors(layer).items():
-            check_finite(tensor, f"site {site!r}: factor {name}")
-            tensors[f"{site}.{name}"] = tensor
+        tensors |= checked(site, layer)
+    digests = {name: digest(tensor) for name, tensor in tensors.items()}
     with fs.atomic_file(path) as temporary:
-        save_file(tensors, temporary, _metadata(adapter, tensors))
+        save_file(tensors, temporary, metadata(adapter, digests))
 
 
 def digest(tensor: Tensor) -> str:
@@ -94,21 +93,60 @@ def provenance_to_dict(provenance: Provenance) -> dict[str, Json]:
     return values
 
 
-def _tensors(layer: LayerAdapter) -> dict[str, Tensor]:
+def checked(site: str, layer: LayerAdapter) -> dict[str, Tensor]:
+    """The tensors of one site as they are written.
+
+    Args:
+        site: its path.
+        layer: anchored or plain.
+
+    Returns:
+        tensor name -> a copy on the CPU: a file holds every tensor by itself, also where two share
+        memory.
+
+    Raises:
+        NonFiniteError: a factor holds NaN or Inf.
+    """
+    tensors = {}
+    for name, tensor in named(site, layer).items():
+        check_finite(tensor, f"site {site!r}: factor {name.removeprefix(site + '.')}")
+        tensors[name] = tensor.detach().to(
+            "cpu", layer.dtype, copy=True, memory_format=torch.contiguous_format
+        )
+    return tensors
+
+
+def named(site: str, layer: LayerAdapter) -> dict[str, Tensor]:
+    """The tensors of one site by their names in the file.
+
+    Args:
+        site: its path.
+        layer: anchored or plain; on any device.
+
+    Returns:
+        tensor name -> the layer's own tensor.
+    """
     if layer.anchor is None:
         pairs = {"A": layer.trainable.A, "B": layer.trainable.B}
     else:
         pairs = {"dA": layer.trainable.A, "dB": layer.trainable.B}
         pairs |= {"A0": layer.anchor.A, "B0": layer.anchor.B}
-    contiguous = torch.contiguous_format
-    # Copies: a file holds every tensor by itself, also where two share memory.
-    return {
-        name: t.detach().to("cpu", layer.dtype, copy=True, memory_format=contiguous)
-        for name, t in pairs.items()
-    }
+    return {f"{site}.{name}": tensor for name, tensor in pairs.items()}
 
 
-def _metadata(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+def metadata(adapter: Adapter, digests: Mapping[str, str]) -> dict[str, str]:
+    """The header's texts.
+
+    Args:
+        adapter: all but the tensors' values is taken from it.
+        digests: tensor name -> sha256 of its bytes.
+
+    Returns:
+        name -> text.
+
+    Raises:
+        ConfigError: a setting is NaN or Inf.
+    """
     layers: list[Json] = [
         {
             "path": path,
@@ -134,11 +172,11 @@ def _metadata(adapter: Adapter, tensors: Mapping[str, Tensor]) -> dict[str, str]
         raise ConfigError(
             f"the adapter's settings or provenance hold NaN or Inf: {error}."
         ) from error
-    digests = json.dumps({name: digest(tensor) for name, tensor in tensors.items()})
+    sums = json.dumps(dict(digests))
     return {
         "format": FORMAT,
         "version": VERSION,
         "adapter": text,
-        "digests": digests,
-        "digest": digest_texts(VERSION, text, digests),
+        "digests": sums,
+        "digest": digest_texts(VERSION, text, sums),
     }

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
@@ -22,6 +23,7 @@ from tether.linalg import check_finite
 from tether.value import Adapter, Factors, Json, LayerAdapter
 
 DTYPES = {t: str(t).removeprefix("torch.") for t in (torch.float32, torch.bfloat16, torch.float16)}
+METADATA = {"format": "pt"}  # of the weights' file
 
 
 def save(
@@ -40,15 +42,50 @@ def save(
         NonFiniteError: a value does not fit `dtype`.
         WriteError: it cannot be written; what was there stays.
     """
-    _check_excluded(adapter)
+    check_expressible(adapter, dtype)
     tensors: dict[str, Tensor] = {}
     for site, layer in canonical(adapter, dtype).items():
-        tensors |= _tensors(site, layer)
-    config = json.dumps(_config(adapter), indent=2)
+        tensors |= named(site, layer)
     with fs.atomic_directory(path, names.FILES) as folder:
-        save_file(tensors, folder / names.WEIGHTS, {"format": "pt"})
-        (folder / names.CONFIG).write_text(config + "\n", encoding="utf-8")
-        (folder / names.CARD).write_text(model_card(adapter, DTYPES[dtype]), encoding="utf-8")
+        save_file(tensors, folder / names.WEIGHTS, METADATA)
+        write_texts(adapter, folder, dtype)
+
+
+def write_texts(adapter: Adapter, folder: Path, dtype: torch.dtype) -> None:
+    """Write the settings and the model card; no value of a factor is looked at.
+
+    Args:
+        adapter: plain.
+        folder: the temporary folder of an atomic block.
+        dtype: of the tensors.
+    """
+    config = json.dumps(_config(adapter), indent=2)
+    (folder / names.CONFIG).write_text(config + "\n", encoding="utf-8")
+    (folder / names.CARD).write_text(model_card(adapter, DTYPES[dtype]), encoding="utf-8")
+
+
+def check_expressible(adapter: Adapter, dtype: torch.dtype) -> None:
+    """Raise unless PEFT can express an adapter; no value of a factor is looked at.
+
+    Args:
+        adapter: plain.
+        dtype: of the file.
+
+    Raises:
+        ConfigError: a dtype other than float32, bfloat16 or float16, or an anchored adapter.
+        UnsupportedAdapterError: a site that PEFT cannot express, by name.
+    """
+    _check_excluded(adapter)
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype {dtype} is none of {', '.join(DTYPES.values())}.")
+    for site, layer in adapter.layers.items():
+        if layer.anchor is not None:
+            raise ConfigError(f"site {site!r} has an anchor; make it plain with tether.to_lora.")
+        if not layer.layout.common:
+            raise UnsupportedAdapterError(
+                f"site {site!r}: PEFT's LoRA ignores the dilation or padding mode of this "
+                "convolution, so its output would differ. Save the native file instead."
+            )
 
 
 def canonical(adapter: Adapter, dtype: torch.dtype = torch.float32) -> dict[str, LayerAdapter]:
@@ -66,23 +103,31 @@ def canonical(adapter: Adapter, dtype: torch.dtype = torch.float32) -> dict[str,
         UnsupportedAdapterError: a site that PEFT cannot express.
         NonFiniteError: a value does not fit `dtype`.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype {dtype} is none of {', '.join(DTYPES.values())}.")
+    check_expressible(adapter, dtype)
     rank = max(layer.rank for layer in adapter.layers.values())
-    result = {}
-    for site, layer in adapter.layers.items():
-        if layer.anchor is not None:
-            raise ConfigError(f"site {site!r} has an anchor; make it plain with tether.to_lora.")
-        if not layer.layout.common:
-            raise UnsupportedAdapterError(
-                f"site {site!r}: PEFT's LoRA ignores the dilation or padding mode of this "
-                "convolution, so its output would differ. Save the native file instead."
-            )
-        factors = _padded(_balanced(layer), rank).to(dtype)
-        for name, factor in (("A", factors.A), ("B", factors.B)):
-            check_finite(factor, f"site {site!r}: factor {name} in {DTYPES[dtype]}")
-        result[site] = LayerAdapter(factors, None, 1.0, layer.layout, layer.dropout)
-    return result
+    layers = adapter.layers.items()
+    return {site: canonical_layer(site, layer, rank, dtype) for site, layer in layers}
+
+
+def canonical_layer(site: str, layer: LayerAdapter, rank: int, dtype: torch.dtype) -> LayerAdapter:
+    """One layer as it is written.
+
+    Args:
+        site: its path.
+        layer: plain.
+        rank: of the file, at least the layer's.
+        dtype: of the file.
+
+    Returns:
+        the layer whose factors are the numbers in the file.
+
+    Raises:
+        NonFiniteError: a value does not fit `dtype`.
+    """
+    factors = _padded(_balanced(layer), rank).to(dtype)
+    for name, factor in (("A", factors.A), ("B", factors.B)):
+        check_finite(factor, f"site {site!r}: factor {name} in {DTYPES[dtype]}")
+    return LayerAdapter(factors, None, 1.0, layer.layout, layer.dropout)
 
 
 def _balanced(layer: LayerAdapter) -> Factors:
@@ -103,7 +148,16 @@ def _padded(factors: Factors, rank: int) -> Factors:
     return Factors(pad(factors.A, (0, 0, 0, more)), pad(factors.B, (0, more)))
 
 
-def _tensors(site: str, layer: LayerAdapter) -> dict[str, Tensor]:
+def named(site: str, layer: LayerAdapter) -> dict[str, Tensor]:
+    """One layer's tensors by their names in the file, in peft's shapes.
+
+    Args:
+        site: its path.
+        layer: plain; on any device.
+
+    Returns:
+        tensor name -> a view of the factor.
+    """
     a, b = layer.trainable.A, layer.trainable.B
     stem = names.PREFIX + site
     if layer.layout.kind == "embedding":
