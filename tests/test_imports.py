@@ -29,6 +29,7 @@ ORDER = (
     "checkpoint",
     "rescue",
     "stream",
+    "merged",
     "layers",
     "switch",
     "freeze",
