@@ -124,7 +124,7 @@ def canonical_layer(site: str, layer: LayerAdapter, rank: int, dtype: torch.dtyp
     Raises:
         NonFiniteError: a value does not fit `dtype`.
     """
-    factors = _padded(_balanced(layer), rank).to(dtype)
+    factors = padded(_balanced(layer), rank).to(dtype)
     for name, factor in (("A", factors.A), ("B", factors.B)):
         check_finite(factor, f"site {site!r}: factor {name} in {DTYPES[dtype]}")
     return LayerAdapter(factors, None, 1.0, layer.layout, layer.dropout)
@@ -143,7 +143,16 @@ def _balanced(layer: LayerAdapter) -> Factors:
     return Factors(torch.ldexp(a, shift[:, None]), torch.ldexp(b, -shift))
 
 
-def _padded(factors: Factors, rank: int) -> Factors:
+def padded(factors: Factors, rank: int) -> Factors:
+    """Factors with zero rows and columns added, of the same product.
+
+    Args:
+        factors: on any device.
+        rank: at least theirs.
+
+    Returns:
+        factors of that rank.
+    """
     more = rank - factors.rank
     return Factors(pad(factors.A, (0, 0, 0, more)), pad(factors.B, (0, more)))
 

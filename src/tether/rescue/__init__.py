@@ -11,12 +11,23 @@ from dataclasses import replace
 from pathlib import Path
 
 from tether import formats
-from tether.errors import RescueError
 from tether.rescue.recover import Rescue, RescuedSite, open_rescue
 from tether.rescue.report import RescueReport, SiteRescue
+from tether.rescue.write import WriteReport, WrittenSite, check_output, write
 from tether.value import Adapter
 
-__all__ = ["Rescue", "RescueReport", "RescuedSite", "SiteRescue", "load", "open_rescue"]
+__all__ = [
+    "Rescue",
+    "RescueReport",
+    "RescuedSite",
+    "SiteRescue",
+    "WriteReport",
+    "WrittenSite",
+    "check_output",
+    "load",
+    "open_rescue",
+    "write",
+]
 
 Name = str | os.PathLike[str]
 
@@ -60,10 +71,7 @@ def load(
         layers[site.path], reports[site.path] = site.layer, site.report
         if site.fingerprint is not None:
             prints[site.path] = site.fingerprint
-    try:
-        RescueReport(rescue.name, rescue.method, reports).check()
-    except RescueError as error:
-        raise RescueError(f"{path}: {error}") from None
+    RescueReport(rescue.name, rescue.method, reports).check(rescue.folder.path)
     shapes = rescue.shapes
     origin = replace(shapes.provenance, fingerprints=prints)
     return replace(shapes, layers=layers, provenance=origin)

@@ -1,6 +1,6 @@
 """A PEFT adapter on a residual model -> the same adapter, anchored, on the base; site by site."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -59,7 +59,7 @@ class Rescue:
         name: of the source: "anchor", "residual" or "base".
         method: the start that the file names, or "unknown".
         plain: sites that started as plain LoRA.
-        inputs: every file and folder that is read.
+        inputs: what it is called -> a folder that is read.
     """
 
     folder: PeftFolder
@@ -67,7 +67,7 @@ class Rescue:
     name: str
     method: str
     plain: frozenset[str]
-    inputs: tuple[Path, ...]
+    inputs: Mapping[str, Path]
 
     @property
     def shapes(self) -> Adapter:
@@ -178,7 +178,8 @@ def open_rescue(
         # peft gives embeddings its default start, whatever the file names.
         layers = folder.shapes.layers.items()
         plain = frozenset(site for site, layer in layers if layer.layout.kind == "embedding")
-    inputs = tuple(given for given in (path, anchor, base, residual) if given is not None)
+    given = {"adapter": path, "anchor": anchor, "base model": base, "residual model": residual}
+    inputs = {name: folder for name, folder in given.items() if folder is not None}
     return Rescue(folder, source, name, method, plain, inputs)
 
 
@@ -210,8 +211,8 @@ def _check_init(folder: PeftFolder, lifted: bool) -> None:
     if isinstance(init, str) and init.lower() == "olora" and folder.config.get("fan_in_fan_out"):
         raise UnsupportedAdapterError(
             f"{folder.path}: it was trained with OLoRA on Conv1D layers, from which peft subtracts "
-            "the transpose of B0·A0: the model was another one before the first step, and no "
-            "adapter of the base can be told from it."
+            "the transpose of B0·A0: before the first step the model was no longer the base, and "
+            "no anchor describes that."
         )
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from tether.errors import RescueError
 from tether.value import Json
@@ -59,8 +60,11 @@ class RescueReport:
         """The site of the largest uncertainty."""
         return max(self.sites, key=lambda path: self.sites[path].uncertainty)
 
-    def check(self) -> None:
+    def check(self, path: Path) -> None:
         """Raise unless the whole can be trusted.
+
+        Args:
+            path: of the adapter, for the message.
 
         Raises:
             RescueError: nothing was trained, or a recomputed start is too unsure for so small a
@@ -68,16 +72,16 @@ class RescueReport:
         """
         if not any(site.change > 0 for site in self.sites.values()):
             raise RescueError(
-                "the adapter's factors are its initial ones: no site has changed. Give the "
+                f"{path}: its factors are the initial ones: no site has changed. Give the "
                 "trained adapter, and what was saved before training."
             )
         if self.source == "base" and self.uncertainty > UNSURE:
             site = self.sites[self.worst]
             raise RescueError(
-                f"computing the start again may be wrong by {self.uncertainty:.0%} of so small a "
-                f"change, at most {UNSURE:.0%} is accepted; least sure is site {self.worst!r}, "
-                f"gap {site.gap:.1e}. Give the adapter saved before training (anchor), or the "
-                "residual model (residual)."
+                f"{path}: the start computed again may be wrong by {self.uncertainty:.0%} of so "
+                f"small a change, and at most {UNSURE:.0%} is accepted; least sure is site "
+                f"{self.worst!r}, gap {site.gap:.1e}. Give the adapter saved before training "
+                "(anchor), or the residual model (residual)."
             )
 
     def to_dict(self) -> dict[str, Json]:
