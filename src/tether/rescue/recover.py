@@ -25,9 +25,9 @@ from tether.rescue.report import SiteRescue
 from tether.rescue.sources import Found, Saved, Source, Subtracted, read_weight
 from tether.value import Adapter, Factors, LayerAdapter
 
-# Factors that have nothing to do with a start change it by at least its own size; training
-# changes it by a few hundredths to a third.
-_STRANGE = 0.7
+# Factors that have nothing to do with a start are at least its own size away from it (they are
+# at right angles); training moves them by a few hundredths to a third.
+_STRANGE = 0.9
 # The share of a trained factor inside its start's space, beyond what chance puts there.
 _KIN = 0.1
 
@@ -114,12 +114,14 @@ class Rescue:
         result = replace(layer, trainable=moved.to(torch.float32), anchor=start.to(torch.float32))
         change, size = algebra.norm(result), found.product.norm
         if size > 0:
-            self._check_related(path, trained, found, change)
+            self._check_related(path, trained, found, change, layer.scaling)
         uncertainty = found.error / change if change > 0 else 0.0
         report = SiteRescue(layer.rank, change, size, found.left_over, found.gap, uncertainty)
         return RescuedSite(path, result, report, found.fingerprint)
 
-    def _check_related(self, path: str, trained: Factors, found: Found, change: float) -> None:
+    def _check_related(
+        self, path: str, trained: Factors, found: Found, change: float, scaling: float
+    ) -> None:
         part = found.product
         if self.name == "base":
             if change > _STRANGE * part.norm:
@@ -129,6 +131,13 @@ class Rescue:
                     "Give the base that was trained on, or the adapter saved before training."
                 )
             return
+        # Training away from the start leaves this near |P|², or above −|P|²/2 at the least.
+        along = float(((part.u.T @ trained.B) * (part.s[:, None] * (part.vt @ trained.A.T))).sum())
+        if scaling * along < -(part.norm**2) / 2:
+            raise RescueError(
+                f"site {path!r}: the trained factors point against the {self.name}'s: base and "
+                "residual model were swapped, or it belongs to another adapter."
+            )
         shares = (_share(trained.A, part.vt), _share(trained.B.T, part.u.T))
         if max(shares) < _KIN:
             raise RescueError(
