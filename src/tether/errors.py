@@ -30,7 +30,8 @@ TetherError
 |   |-- TruncatedFileError       it ends too early
 |   |-- HeaderError              its header is malformed or too large
 |   |-- DigestError              its bytes are not the ones that were written
-|   `-- UnsupportedAdapterError  it holds something that tether cannot represent
+|   |-- UnsupportedAdapterError  it holds something that tether cannot represent
+|   `-- RescueError              what was given does not tell its initial factors
 |-- DataError                    training text that cannot be used
 |-- ModelError                   a model that cannot be found or read
 |-- MissingExtraError            an optional dependency is not installed
@@ -163,6 +164,10 @@ class DigestError(FormatError):
 
 class UnsupportedAdapterError(FormatError):
     """An adapter that holds something tether cannot represent."""
+
+
+class RescueError(FormatError):
+    """The files given do not tell an adapter's initial factors, or not surely enough."""
 
 
 class DataError(TetherError):

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from tether import sites, whole
+from tether.conversion import ConversionReport
 from tether.errors import (
     ConfigError,
     ShapeMismatchError,
     UnsupportedAdapterError,
 )
-from tether.export import ConversionReport
 from tether.export import save_as_lora as export_as_lora
 from tether.integrations.peft.find import begin, find, trained_biases
 from tether.integrations.peft.live import Live, is_peft
