@@ -10,8 +10,9 @@ from importlib.metadata import version as _version
 from tether.algebra import to_lora
 from tether.attach import attach
 from tether.config import LoraConfig
+from tether.conversion import ConversionReport
 from tether.errors import TetherError
-from tether.export import ConversionReport, save_as_lora
+from tether.export import save_as_lora
 from tether.fingerprints import fingerprint
 from tether.formats import load, save
 from tether.handle import Handle, handles

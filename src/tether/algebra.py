@@ -11,17 +11,31 @@ from tether.linalg import check_finite
 from tether.value import Adapter, Factors, LayerAdapter
 
 
-def delta(layer: LayerAdapter) -> Tensor:
+def delta(layer: LayerAdapter, weight: Tensor | None = None) -> Tensor:
     """The change of one site's weight, s·(B·dA + dB·A0).
 
     Args:
         layer: factors in any floating dtype; computed in float32 or better.
+        weight: (out, in) view of the base weight, which only a site with DoRA needs: its change
+            is m·(W + ΔW)/|W + ΔW| − W, the lengths taken row by row.
 
     Returns:
         (out, in), float32 (float64 if the factors are).
+
+    Raises:
+        ConfigError: the site has DoRA and no weight is given.
     """
     product = _plain(layer, layer.dtype)
-    return layer.scaling * (product.B @ product.A)
+    change = layer.scaling * (product.B @ product.A)
+    if layer.magnitude is None:
+        return change
+    if weight is None:
+        raise ConfigError("with DoRA the change of a weight depends on it; give the weight.")
+    moved = weight.to(change) + change
+    lengths = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
+    # A row of zeros has no direction to stretch.
+    safe = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+    return moved * (layer.magnitude.current.to(change)[:, None] / safe) - weight.to(change)
 
 
 def to_lora(adapter: Adapter, rank: int | None = None, tolerance: float | None = None) -> Adapter:
@@ -66,7 +80,10 @@ class Compressed:
 
 @torch.no_grad()
 def compress(
-    layer: LayerAdapter, rank: int | None = None, tolerance: float | None = None
+    layer: LayerAdapter,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Compressed:
     """One site as plain factors, of smaller rank if asked.
 
@@ -77,6 +94,7 @@ def compress(
         layer: anchored or plain.
         rank: largest rank; None for no limit.
         tolerance: largest relative Frobenius error; None for exact.
+        dtype: of the result; None for the layer's own, float32 at least.
 
     Returns:
         Compressed; with neither limit the exact concatenation and its error, which is rounding.
@@ -88,7 +106,7 @@ def compress(
         raise ConfigError(f"rank {rank} must be at least 1.")
     if tolerance is not None and not 0 < tolerance < 1:
         raise ConfigError(f"tolerance {tolerance} must be between 0 and 1.")
-    dtype = layer.dtype
+    dtype = layer.dtype if dtype is None else dtype
     plain = _plain(layer, dtype)
     for factor in (plain.A, plain.B):
         check_finite(factor, "the change")
@@ -105,6 +123,54 @@ def compress(
 
 
 @torch.no_grad()
+def balanced(layer: LayerAdapter) -> Factors:
+    """ΔW as two plain factors: the scaling folded into B, then each pair's size evened out.
+
+    Small displacements would fall into float16's subnormal numbers; powers of two are exact.
+
+    Args:
+        layer: anchored or plain.
+
+    Returns:
+        factors whose product is ΔW, float32 (float64 if the factors are).
+    """
+    plain = _plain(layer, layer.dtype)
+    a, b = plain.A, layer.scaling * plain.B
+    size_a, size_b = a.abs().amax(dim=1), b.abs().amax(dim=0)
+    live = (size_a > 0) & (size_b > 0)
+    exponent = torch.where(live, (size_b.log2() - size_a.log2()) / 2, torch.zeros_like(size_a))
+    shift = exponent.round().clamp(-60, 60)
+    return Factors(torch.ldexp(a, shift[:, None]), torch.ldexp(b, -shift))
+
+
+def smallest_rank(layer: LayerAdapter, tolerance: float) -> int:
+    """The smallest rank whose best approximation of ΔW is within a tolerance.
+
+    Args:
+        layer: anchored or plain.
+        tolerance: largest |ΔW − ΔW'|_F / |ΔW|_F.
+
+    Returns:
+        1 or more, counted on singular values in float64.
+    """
+    return _smallest_rank(singular_values(layer), tolerance)
+
+
+@torch.no_grad()
+def factors(layer: LayerAdapter) -> Factors:
+    """ΔW as one product B·A, the scaling folded into B.
+
+    Args:
+        layer: anchored or plain.
+
+    Returns:
+        float64; [s·B, s·dB]·[dA; A0] of rank 2r for an anchored site, s·B and A for a plain one.
+    """
+    plain = _plain(layer, torch.float64)
+    return Factors(plain.A, layer.scaling * plain.B)
+
+
+@torch.no_grad()
 def norm(layer: LayerAdapter) -> float:
     """|ΔW|_F of one site, from the factors alone, in float64.
 
@@ -116,6 +182,21 @@ def norm(layer: LayerAdapter) -> float:
     """
     plain = _plain(layer, torch.float64)
     return layer.scaling * _product_norm(plain.B, plain.A)
+
+
+@torch.no_grad()
+def singular_values(layer: LayerAdapter) -> Tensor:
+    """The singular values of one site's ΔW (with DoRA: of its low-rank part), in float64.
+
+    Args:
+        layer: anchored or plain.
+
+    Returns:
+        (k,), descending, k the rank of the plain form or the smaller side of the weight.
+    """
+    plain = _plain(layer, torch.float64)
+    values: Tensor = torch.linalg.svdvals(_core(plain.B, plain.A)[1])
+    return layer.scaling * values
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ TetherError
 |   |-- RowsError                a batch whose rows cannot be told apart at a site
 |   |-- UntrackedError           how a live peft adapter started is not known
 |   |-- MergedError              an adapter is merged into the base's weights
+|   |-- TiedWeightError          a weight that is another module's too cannot be merged into
 |   |-- OffloadedError           the adapter's factors are not on the model
 |   `-- VerificationError        a file and the live model give different outputs
 |-- FormatError                  a file that is not what it should be
@@ -122,6 +123,10 @@ class UntrackedError(AttachError):
 
 class MergedError(AttachError):
     """An adapter is merged into the base's weights."""
+
+
+class TiedWeightError(AttachError):
+    """A weight that is another module's too: merging would change both."""
 
 
 class OffloadedError(AttachError):

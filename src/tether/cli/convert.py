@@ -17,8 +17,9 @@ from tether.cli.console import (
     print_json,
     use_all_cores,
 )
+from tether.conversion import ConversionReport
 from tether.errors import ConfigError, nearest
-from tether.export import ConversionReport, save_as_lora
+from tether.export import save_as_lora
 
 NAME = "convert"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
