@@ -32,9 +32,9 @@ MORE_NOTICES = ("Using Rank-Stabilized LoRA with rank_pattern", "Full backward h
 
 
 def untrained(
-    case: Case, init: str | bool = True, base: nn.Module | None = None, **settings: object
+    case: Case, init: str | bool = True, adapter_name: str = "default", **settings: object
 ) -> peft.PeftModel:
-    base = case.build() if base is None else base
+    base = case.build()
     settings = {"r": 4, "lora_alpha": 6, "target_modules": case.targets} | settings
     if init == "corda":
         settings["corda_config"] = peft.tuners.lora.config.CordaConfig(corda_method="ipm")
@@ -52,7 +52,7 @@ def untrained(
                 base(IDS, labels=IDS).loss.backward()
 
             preprocess_loraga(base, config, step)
-        return peft.get_peft_model(base, config).eval()
+        return peft.get_peft_model(base, config, adapter_name).eval()
 
 
 def corda() -> ModuleType:

@@ -267,7 +267,7 @@ def _recovered(live: Live, tracker: Tracker, name: str, base: Base) -> dict[str,
                 "missing in it cannot be told apart. Give the folder of one of them as it was "
                 "saved before training: track(model, adapter_name, anchor=folder)."
             )
-        if unknown == [name] or (not unknown and place.adapters == (name,)):
+        if unknown == [name]:
             taken = weight.double() - originals.put_together(place.weight, known)
             current = Part(place.factors(name), place.scaling(name), place.layout)
             found[path] = originals.recover(taken, current)

@@ -171,7 +171,8 @@ def check(place: Place, weight: Tensor, parts: Sequence[Part], folder: Path) -> 
             f"site {place.path!r}: the weight in the model and the initial factors together differ "
             f"from that in {folder} by {distance:.3g}; rounding explains {bound:.3g}. Either this "
             "is not the folder that the model was loaded from, or these are not the factors that "
-            "the adapter started with: training had begun, or another checkpoint was loaded."
+            "the adapter started with: training had begun, another checkpoint was loaded, or "
+            "init_lora_weights was changed since."
         )
 
 

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from tether import sites, whole
 from tether.conversion import ConversionReport
 from tether.errors import (
+    BaseMismatchError,
     ConfigError,
     ShapeMismatchError,
     UnsupportedAdapterError,
+    UntrackedError,
 )
 from tether.export import save_as_lora as export_as_lora
 from tether.integrations.peft.find import begin, find, trained_biases
@@ -47,8 +49,8 @@ def track(
 
     That training has begun cannot be seen in general. It is noticed, and refused, where factors
     have gradients; for pissa, pissa_niter_* and olora on float32 weights, where the factors are
-    not orthogonal to what is left of the weight; and with `base`, where factors and weight do not
-    make up the original within rounding.
+    not orthogonal to what is left of the weight; and with `base`, everywhere that factors and
+    weight do not make up the original within rounding.
 
     Args:
         model: a PeftModel; only read.
@@ -56,8 +58,8 @@ def track(
         anchor: folder of the adapter as `save_pretrained` wrote it before training, if training has
             begun.
         base: folder that the base model was loaded from, to check against; its fingerprints go
-            into what is saved. With it, training may have begun: the start is found from what is
-            missing in the weights.
+            into what is saved. With it, training may have begun: the start is then found from what
+            is missing in the weights.
 
     Returns:
         what is tracked now.
@@ -76,8 +78,14 @@ def track(
     for name in live.names if all_of_them else (live.name(adapter_name),):
         if anchor is not None or name in tracker.adapters:
             find(live, tracker, name, None if anchor is None else Path(anchor), opened)
-        else:
+            continue
+        try:
             begin(live, tracker, name, opened)
+        except (UntrackedError, BaseMismatchError):
+            if opened is None:
+                raise
+            tracker.adapters.pop(name, None)
+            find(live, tracker, name, None, opened)
     tracker.keep(live)
     return tracker
 
