@@ -116,13 +116,24 @@ def _cut(
         part = u[start : start + len(block)] * s
         left += float((block - part @ vt).square().sum())
         size += float(residual[start : start + len(block)].double().square().sum())
-    # The largest singular value of random rounding of that norm (Marchenko-Pastur's edge).
-    edge = math.sqrt(left) * (base.shape[0] ** -0.5 + base.shape[1] ** -0.5)
-    live = s > max(1.1 * edge, 1e-14 * float(s[0]))
-    left += float(s[~live].square().sum())
+    keep = len(s)
+    while keep and float(s[keep - 1]) <= _edge(left, keep, base.shape):
+        keep -= 1
+        left += float(s[keep]) ** 2
     unit = max(torch.finfo(t.dtype).eps for t in (base, residual)) / 2
     noise = 2 * unit * math.sqrt(size)
-    return Product(u[:, live], s[live], vt[live], math.sqrt(left), noise)
+    return Product(u[:, :keep], s[:keep], vt[:keep], math.sqrt(left), noise)
+
+
+def _edge(square: float, rank: int, shape: torch.Size) -> float:
+    """Twice the largest singular value of white noise (Marchenko-Pastur's edge).
+
+    `square` is the squared norm of the noise outside of `rank` directions. Twice, for rounding is
+    not quite white; a direction below this is not told from noise.
+    """
+    rows, columns = shape
+    outside = max((rows - rank) * (columns - rank), 1)
+    return 2 * math.sqrt(square / outside) * (math.sqrt(rows) + math.sqrt(columns))
 
 
 def _blocks(base: Tensor, residual: Tensor) -> Iterator[tuple[int, Tensor]]:

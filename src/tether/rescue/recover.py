@@ -26,8 +26,8 @@ from tether.rescue.sources import Found, Saved, Source, Subtracted, read_weight
 from tether.value import Adapter, Factors, LayerAdapter
 
 # Factors that have nothing to do with a start are at least its own size away from it (they are
-# at right angles); training moves them by a few hundredths to a third.
-_STRANGE = 0.9
+# at right angles); training moves them by a few hundredths of it.
+_STRANGE = 0.4
 # The share of a trained factor inside its start's space, beyond what chance puts there.
 _KIN = 0.1
 
