@@ -338,7 +338,7 @@ def test_factors_inside_a_whole_module_are_not_read_as_its_parameters(folder):
 SLOW = {
     "a deep path": ({}, "." * 20_000),
     "a deep path and a name": ({"modules_to_save": ["score"]}, "." * 20_000),
-    "many names": ({"modules_to_save": [f"x{i}" for i in range(20_000)]}, "a." * 1000 + "m"),
+    "many names": ({"modules_to_save": [f"x{i}" for i in range(10_000)]}, "a." * 500 + "m"),
 }
 
 
