@@ -106,9 +106,7 @@ def test_what_peft_saved_is_read_to_the_same_outputs(name, parts, tmp_path: Path
 def test_what_is_exported_peft_loads_to_the_same_outputs(name, parts, tmp_path: Path) -> None:
     case = CASES[name]
     base = case.build()
-    handle = tether.attach(
-        base, tether.LoraConfig(rank=4, alpha=6, **settings_of(name, parts))
-    )
+    handle = tether.attach(base, tether.LoraConfig(rank=4, alpha=6, **settings_of(name, parts)))
     disturb(handle.parameters())
     live, unchanged = output(base, case.inputs), output(case.build(), case.inputs)
     assert relative(live, unchanged) > 0.01
@@ -257,7 +255,9 @@ def test_an_exported_folder_says_what_was_trained(tmp_path: Path) -> None:
         ({"bias": "lora_only"}, (False, "lora_only", None)),
         ({"bias": "all", "modules_to_save": ["ln_f"]}, (False, "all", ["transformer.ln_f"])),
     ):
-        handle = tether.attach(case.build(), tether.LoraConfig(rank=2, target_modules="c_attn", **parts))
+        handle = tether.attach(
+            case.build(), tether.LoraConfig(rank=2, target_modules="c_attn", **parts)
+        )
         tether.save_as_lora(handle, tmp_path / "a")
         config = peft_load(case.build(), tmp_path / "a").peft_config["default"]
         saved = list(config.modules_to_save) if config.modules_to_save else None

@@ -66,9 +66,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(lora, run, tmp_path: Path):
     assert all(
         bits(p) != old for p, old in zip(resumed.handle.parameters(), start, strict=True)
     )  # all of it is trained
-    assert {
-        n: bits(p) for n, p in straight.model.named_parameters() if ".tether." not in n
-    } == base
+    assert {n: bits(p) for n, p in straight.model.named_parameters() if ".tether." not in n} == base
 
 
 def test_the_loss_falls_and_the_optimizer_holds_all_that_is_trained(run):

@@ -1,4 +1,4 @@
-"""The command line: `tether train | eval | convert | combine | merge | inspect`. One file per command."""
+"""The command line: one file per command."""
 
 import sys
 from importlib.metadata import version

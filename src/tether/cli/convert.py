@@ -17,6 +17,7 @@ from tether.cli.console import (
     print_json,
     use_all_cores,
 )
+from tether.cli.verified import Inputs, Limits, verified
 from tether.conversion import ConversionReport
 from tether.errors import ConfigError, nearest
 from tether.export import save_as_lora
@@ -46,12 +47,24 @@ def command(
         typer.Option(help="Folder of the model saved without the adapter; goes with --base."),
     ] = None,
     rank: Annotated[
-        int | None, typer.Option(help="Largest rank. Default: twice the trained rank, exact.")
+        int | None,
+        typer.Option(
+            "--rank",
+            "--max-rank",
+            help="Largest rank, such as a server's limit. Default: twice the trained one, exact.",
+        ),
     ] = None,
     tolerance: Annotated[
         float | None, typer.Option(help="Largest relative error of each site's change.")
     ] = None,
     dtype: Annotated[str, typer.Option(help=f"{', '.join(_DTYPES)}.")] = "float32",
+    verify: Annotated[
+        str | None,
+        typer.Option(help="Text (.txt, .jsonl) on which to compare logits; loads the --base."),
+    ] = None,
+    verify_tolerance: Annotated[
+        float | None, typer.Option(help="Largest relative error of the logits.")
+    ] = None,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -68,6 +81,14 @@ def command(
         if output.suffix == ".safetensors" and dtype != "float32":
             raise ConfigError("a native file is always float32; leave out --dtype.")
         bars = Bars(quiet=json_)
+        limits = Limits(rank, tolerance, _DTYPES[dtype])
+        if verify is not None:
+            inputs = Inputs(adapter, anchor, base, residual)
+            report = verified(inputs, output, limits, verify, verify_tolerance, bars)
+            _show(report, json_)
+            return
+        if verify_tolerance is not None:
+            raise ConfigError("--verify-tolerance goes with --verify TEXT.")
         if anchor or base or residual:
             job = rescue.open_rescue(adapter, anchor, base, residual)
             with bars.task("Rescuing") as task:
@@ -81,29 +102,26 @@ def command(
                 )
             _show_rescue(found, json_)
             return
-        _convert(adapter, output, rank, tolerance, _DTYPES[dtype], bars, json_)
+        _convert(adapter, output, limits, bars, json_)
 
 
-def _convert(
-    adapter: Path,
-    output: Path,
-    rank: int | None,
-    tolerance: float | None,
-    dtype: torch.dtype,
-    bars: Bars,
-    json_: bool,
-) -> None:
+def _convert(adapter: Path, output: Path, limits: Limits, bars: Bars, json_: bool) -> None:
     rescue.check_output(output, {"adapter": adapter})
     value = formats.load(adapter)
     if output.suffix == ".safetensors":
-        if rank is not None or tolerance is not None:
-            value = algebra.to_lora(value, rank, tolerance)
+        if limits.reduced:
+            value = algebra.to_lora(value, limits.rank, limits.tolerance)
         formats.save(value, output)
         _show_native(output, json_)
         return
     with bars.task("Converting") as task:
         report = save_as_lora(
-            value, output, rank=rank, tolerance=tolerance, dtype=dtype, progress=task
+            value,
+            output,
+            rank=limits.rank,
+            tolerance=limits.tolerance,
+            dtype=limits.dtype,
+            progress=task,
         )
     _show(report, json_)
 
@@ -124,6 +142,8 @@ def _show(report: ConversionReport, as_json: bool) -> None:
         table.add_row(path, str(site.rank), f"{site.norm:.4g}", f"{site.error:.2e}")
     out.print(table)
     out.print(f"rank {report.rank}, {report.dtype}, relative error of all {report.error:.2e}")
+    for line in str(report).splitlines()[1:]:
+        out.print(line, soft_wrap=True)
     out.print(f"wrote {report.path}", soft_wrap=True)
 
 
