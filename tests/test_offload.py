@@ -254,6 +254,20 @@ def test_gradients_that_were_none_stay_none_and_frozen_adapters_stay_frozen(mode
     assert all(p.grad is None and not p.requires_grad for p in handle.parameters())
 
 
+def test_offloading_to_cpu_memory_on_the_cpu_says_that_it_frees_nothing(model, tmp_path, caplog):
+    handle = trained(model, KINDS["plain"])
+    storage = next(handle.parameters()).untyped_storage().data_ptr()
+    handle.offload("cpu")
+    assert caplog.messages == [
+        "offload: adapter 'a' is on the CPU, where offloading to 'cpu' frees nothing; a path of a "
+        "file does."
+    ]
+    handle.restore()
+    assert next(handle.parameters()).untyped_storage().data_ptr() == storage  # no copy was made
+    handle.offload(tmp_path / "a.safetensors")
+    assert len(caplog.messages) == 1
+
+
 def test_state_dict_has_the_values_or_says_that_it_cannot(model, tmp_path):
     handle = trained(model, KINDS["dora"])
     expected = {n: bits(t) for n, t in model.state_dict().items()}

@@ -119,6 +119,12 @@ def offload(
         record.parked = None
         raise
     record.active = False
+    if path is None and _on_cpu(model, name):
+        _LOG.warning(
+            "offload: adapter %r is on the CPU, where offloading to 'cpu' frees nothing; a path of "
+            "a file does.",
+            name,
+        )
 
 
 def tidy(model: nn.Module) -> None:
