@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tether import formats, freeze, memory, offload
+from tether import formats, freeze, offload
 from tether.errors import DetachedError, HookNotFiredError
 from tether.layers import (
     Layer,
@@ -22,6 +22,7 @@ from tether.layers import (
     take_off,
     withdraw,
 )
+from tether.memory import Memory, measure
 from tether.start import original
 from tether.switch import Share, quiet, set_active, set_shares
 from tether.value import Adapter
@@ -169,7 +170,7 @@ class Handle:
         freeze.reset_compiler()
         return adapter
 
-    def memory(self) -> memory.Memory:
+    def memory(self) -> Memory:
         """What the adapter holds: anchors (shared ones too), trained factors, gradients.
 
         Returns:
@@ -179,7 +180,7 @@ class Handle:
             DetachedError: the adapter was detached.
         """
         self._check_attached()
-        return memory.measure(self.model, self.name)
+        return measure(self.model, self.name)
 
     def offload(self, where: str | os.PathLike[str] = "cpu") -> None:
         """Take the adapter's values off the model's memory; `restore` puts back every bit.

@@ -6,7 +6,7 @@ belongs to the optimizer (AdamW keeps two tensors of the size of every trained f
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -194,13 +194,14 @@ def measure(model: nn.Module, name: str | None = None) -> Memory:
         _count_base(counter, model)
     shared = {a: owners for a, owners in users(found).items() if len(owners) > 1}
     saved = 0
+    # Before the adapters, which then find them counted.
     for anchor, owners in shared.items():
         if name is None or name in owners:
             size = counter.holder(SHARED, anchor)
             saved += size * (len(owners) - 1)
     for owner, layers in found.items():
         if name is None or name == owner:
-            _count_adapter(counter, owner, layers, shared)
+            _count_adapter(counter, owner, layers)
     shares = tuple(Share(*key[:3], size, key[3]) for key, size in counter.bytes.items() if size)
     return Memory(shares, saved)
 
@@ -285,12 +286,10 @@ def _count_base(counter: _Counter, model: nn.Module) -> None:
     counter.add(BASE, "gradients", (p.grad for p in parameters if p.grad is not None))
 
 
-def _count_adapter(
-    counter: _Counter, owner: str, layers: Mapping[str, Layer], shared: Mapping[Anchor, Any]
-) -> None:
+def _count_adapter(counter: _Counter, owner: str, layers: Mapping[str, Layer]) -> None:
     for layer in layers.values():
         for holder in layer.modules():
-            if isinstance(holder, Holder) and holder not in shared:
+            if isinstance(holder, Holder):
                 counter.holder(owner, holder)
     parked = next(iter(layers.values())).record.parked
     if parked is not None and parked.path is not None and parked.path.is_file():
@@ -301,7 +300,8 @@ def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     """The memory behind a tensor, also behind a sharded or a quantised one's parts."""
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            yield from _storages(getattr(tensor, name))
+        parts = (getattr(tensor, name) for name in names)
+        for part in parts:
+            yield from _storages(part) if isinstance(part, Tensor) else ()
     elif tensor.device.type != "meta":
         yield tensor.untyped_storage()

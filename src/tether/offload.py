@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from tether import fs, memory
+from tether import fs
 from tether.errors import ConfigError, MergedError, OffloadedError, ShardedWeightError, TetherError
 from tether.formats import only_copy
 from tether.layers import (
@@ -28,6 +28,7 @@ from tether.layers import (
     set_budget,
     share_anchors,
 )
+from tether.memory import measure, readable, users
 from tether.start import original
 from tether.value import CHILD, Adapter
 
@@ -116,6 +117,12 @@ def offload(
         record.parked = None
         raise
     record.active = False
+    if path is None and _on_cpu(model, name):
+        _LOG.warning(
+            "offload: adapter %r is on the CPU, where offloading to 'cpu' frees nothing; a path of "
+            "a file does.",
+            name,
+        )
 
 
 def tidy(model: nn.Module) -> None:
@@ -189,15 +196,15 @@ class Limit:
         # Nothing is gained by moving from CPU memory to CPU memory.
         idle = [r for r in idle if self.to is not None or not _on_cpu(model, r.name)]
         for record in sorted(idle, key=lambda record: (record.used, record.order)):
-            if memory.memory(model).adapters <= self.bytes:
+            if measure(model).adapters <= self.bytes:
                 break
             if self._offload(model, record.name):
                 gone.append(record.name)
-        self._report(memory.memory(model).adapters)
+        self._report(measure(model).adapters)
         return gone
 
     def _offload(self, model: nn.Module, name: str) -> bool:
-        size = memory.measure(model, name).adapters
+        size = measure(model, name).adapters
         try:
             where = "cpu" if self.to is None else self._file(snapshot(model, name), name)
             offload(model, name, where, by_limit=True)
@@ -208,7 +215,7 @@ class Limit:
             "limit: adapter %r (up to %s, inactive) is offloaded to %s; switching to it brings it "
             "back.",
             name,
-            memory.readable(size),
+            readable(size),
             where,
         )
         return True
@@ -224,8 +231,8 @@ class Limit:
             _LOG.warning(
                 "limit: the adapters in use hold %s, more than the limit of %s; none is left to "
                 "offload.",
-                memory.readable(live),
-                memory.readable(self.bytes),
+                readable(live),
+                readable(self.bytes),
             )
         self.said = live if live > self.bytes else 0
 
@@ -315,7 +322,7 @@ def _unused_anchors(found: Mapping[str, Mapping[str, Layer]]) -> list[tuple[Anch
     Where all their adapters are in files, each file has them.
     """
     unused = []
-    for anchor, owners in memory.users(found).items():
+    for anchor, owners in users(found).items():
         parked = [next(iter(found[owner].values())).record.parked for owner in owners]
         if not anchor.away and None not in parked:
             unused.append((anchor, any(p.path is None for p in parked if p is not None)))

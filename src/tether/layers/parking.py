@@ -127,9 +127,9 @@ def share_anchors(modules: Iterable[nn.Module], name: str) -> None:
         layers = list(getattr(module, CHILD).values())
         mine = getattr(getattr(module, CHILD)[name], "anchor", None)
         for other in (getattr(layer, "anchor", None) for layer in layers):
-            if mine is None or not isinstance(other, Anchor) or other is mine or other.away:
+            if mine is None or not isinstance(other, Anchor) or other is mine:
                 continue
-            if _equal(mine, other):
+            if _equal(mine, other):  # one that is away is empty, and equals none
                 for layer in layers:
                     if getattr(layer, "anchor", None) is mine:
                         layer.anchor = other
