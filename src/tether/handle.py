@@ -287,7 +287,7 @@ class Handle:
             stack.enter_context(quiet(original(self.model)))
             stack.enter_context(originals(self.model))
             stack.enter_context(set_active(self.model, {self.record: True}))
-            stack.enter_context(set_shares({self.record: Share()}))
+            stack.enter_context(set_shares({r: Share() for r in records_of(self.model)}))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             for path, layer in self._layers.items():
                 hook = layer.register_forward_hook(_adder(fired, path))

@@ -142,4 +142,4 @@ def _places(
                     (n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)
                 )
                 storage = tensor.untyped_storage().data_ptr()
-                yield module, name, (storage, start, start + (length + 1) * size)
+                yield module, name, (storage, int(start), int(start + (length + 1) * size))

@@ -58,10 +58,11 @@ def _checked(model: nn.Module, names: Sequence[str | None]) -> list[str | None]:
     wanted = [None if name == BASE else name for name in names]
     given = [name for name in dict.fromkeys(wanted) if name is not None]
     find(model, given)
-    for name, path in [(given_name, path) for given_name in given for path in found[given_name]]:
-        if "experts" in path.split("."):
+    for name in given:
+        site = next((path for path in found[name] if "experts" in path.split(".")), None)
+        if site is not None:
             raise RowsError(
-                f"site {path!r} of adapter {name!r}: experts get single tokens, not rows of the "
+                f"site {site!r} of adapter {name!r}: experts get single tokens, not rows of the "
                 "batch. Exclude it, or run the adapters one after the other, with tether.only."
             )
     return wanted

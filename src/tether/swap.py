@@ -5,7 +5,7 @@ every adapter of at most that rank has the same shapes and constants there, and 
 valid.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -34,7 +34,7 @@ from tether.value import Adapter, Factors, LayerAdapter, Layout
 
 # Weight -> (where its values lie and their version, fingerprint): a server swaps often, and
 # hashing a large base takes a minute.
-_PRINTS = WeakTensorKeyDictionary()
+_PRINTS: MutableMapping[Tensor, tuple[tuple[int, int], Fingerprint]] = WeakTensorKeyDictionary()
 
 
 def slot(
@@ -198,8 +198,7 @@ def _slot_layers(handle: Handle, layers: Mapping[str, Layer]) -> dict[str, SiteL
         raise OffloadedError(f"slot {handle.name!r} is offloaded. Call handle.restore() first.")
     found = {}
     for path, layer in layers.items():
-        plain = isinstance(layer, SiteLayer) and layer.anchor is None
-        if record.trainable or not plain or layer.scaling != 1 or layer.dropout or layer.dora:
+        if not isinstance(layer, SiteLayer) or record.trainable or not _is_plain(layer):
             raise ConfigError(
                 f"adapter {handle.name!r} is no slot: at {path!r} it is trainable or anchored, or "
                 "has a scaling, dropout, DoRA or a bias. Make one with tether.slot."
@@ -211,6 +210,11 @@ def _slot_layers(handle: Handle, layers: Mapping[str, Layer]) -> dict[str, SiteL
             )
         found[path] = layer
     return found
+
+
+def _is_plain(layer: SiteLayer) -> bool:
+    special = layer.anchor is not None or layer.dora or layer.biased
+    return not special and layer.scaling == 1 and layer.dropout == 0
 
 
 def _fill(layers: Mapping[str, SiteLayer], factors: Mapping[str, Factors]) -> None:
@@ -235,5 +239,4 @@ def _known_print(weight: Tensor) -> Fingerprint:
     known = _PRINTS.get(weight)
     if known is None or known[0] != state:
         known = _PRINTS[weight] = (state, fingerprint_tensor(weight))
-    result: Fingerprint = known[1]
-    return result
+    return known[1]

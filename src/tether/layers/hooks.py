@@ -12,6 +12,17 @@ from tether.value import CHILD
 class SiteAdapters(nn.ModuleDict):
     """All adapters at one module, by name."""
 
+    def forward(self, x: Tensor) -> Tensor:
+        """Do nothing: a Sequential calls all its children, of which this may be one.
+
+        Args:
+            x: any.
+
+        Returns:
+            the same.
+        """
+        return x
+
 
 def apply_adapters(
     module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor
