@@ -169,10 +169,9 @@ def test_which_biases_are_trained(targets, setting, saved, expected):
     assert found == [p for p in targets if p in expected] + [
         p for p in expected if p not in targets
     ]
-    assert names[-2 * len(saved) :] == [f"{p}.{n}" for p in saved for n in ("weight", "bias")] or (
-        not saved
-    )
-    assert [id(p) for p in model.parameters() if p.requires_grad] != []
+    assert names[len(names) - 2 * len(saved) :] == [
+        f"{p}.{n}" for p in saved for n in ("weight", "bias")
+    ]
     assert {id(p) for p in model.parameters() if p.requires_grad} == set(
         map(id, handle.parameters())
     )
@@ -333,9 +332,10 @@ def test_all_linear_leaves_out_what_lies_in_a_module_trained_whole():
 
 
 def test_all_linear_keeps_what_only_ends_like_a_module_trained_whole():
-    model = nn.ModuleDict({"head": nn.Linear(6, 6), "block": nn.ModuleDict({"head": Block()})})
+    block = nn.ModuleDict({"head": nn.Linear(6, 6)})
+    model = nn.ModuleDict({"head": nn.Linear(6, 6), "block": block})
     adapter = tether.init(model, LoraConfig(rank=2, modules_to_save=["h?ad"]))
-    assert (list(adapter.layers), list(adapter.modules)) == (["block.head.inner"], ["head"])
+    assert (list(adapter.layers), list(adapter.modules)) == (["block.head"], ["head"])
 
 
 def test_a_frozen_adapter_is_frozen_in_all_its_parts_and_trains_no_base():
@@ -548,11 +548,14 @@ def test_two_adapters_on_one_module_both_count_or_the_second_is_refused(path, on
     adapters = [of(model, path, kind) for kind in (one, two)]
     base = module(x).detach().double()
     tether.attach(model, adapters[0], "one")
+    refusal = ""
     try:
         tether.attach(model, adapters[1], "two")
     except TetherError as error:
-        assert path in str(error)
-        assert list(tether.handles(model)) == ["one"]
+        refusal = str(error)
+    assert list(tether.handles(model)) == ["one"] + ["two"] * (not refusal)
+    if refusal:
+        assert path in refusal
         return
     exact = base
     for adapter in adapters:
@@ -605,8 +608,7 @@ def test_a_value_that_names_what_the_model_lacks_is_refused_by_name(where):
             other, _ = make("linear-no-bias")
         else:
             other = net
-        odd = dataclasses.replace(adapter, biases={}, modules={}, **{})
-        odd = dataclasses.replace(odd, **{where: values})
+        odd = dataclasses.replace(adapter, **{"biases": {}, "modules": {}} | {where: values})
         with pytest.raises(UnknownNameError, match=next(iter(values))):
             tether.attach(other, odd, verify=False)
     assert state_of(net) == before

@@ -1,6 +1,5 @@
 """DoRA, trained biases and modules_to_save beside peft: the same losses, files read both ways."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,12 +126,10 @@ RUNS = {
         gpt2,
         {"use_dora": True, "bias": "all", "modules_to_save": ["ln_f"], **GPT2},
     ),
-    "biases": (gpt2, {"bias": "lora_only", **GPT2}),
-    "rslora": (
+    "patterns": (
         graded_llama,
         {
             "use_dora": True,
-            "use_rslora": True,
             "rank_pattern": {"up_proj": 6},
             "alpha_pattern": {"down_proj": 3},
             "target_modules": LINEAR,
@@ -156,7 +153,7 @@ def test_losses_are_peft_s(build, settings: dict, init: str, tmp_path: Path) -> 
     handle = tether.attach(base, start)
     # At peft's start magnitudes and biases are those of the base, in a file as values.
     assert relative(output(base), output(build())) < 1e-6
-    wanted, found = losses(theirs, list(trained(theirs)), STEPS), None
+    wanted = losses(theirs, list(trained(theirs)), STEPS)
     found = losses(base, handle.parameters(), STEPS)
     assert wanted[-5:].mean() < wanted[0] - 0.1  # it has learnt
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
@@ -238,11 +235,14 @@ def test_a_module_that_peft_cannot_name_alone_is_refused_or_written_so_that_it_c
     config = tether.LoraConfig(rank=2, target_modules="up", modules_to_save=["norm"])
     handle = tether.attach(base, config)
     disturb(handle.parameters())
+    refusal = ""
     try:
         tether.save_as_lora(handle, tmp_path / "a")
     except TetherError as error:
-        assert re.search("'norm'", str(error))
-        assert not (tmp_path / "a").exists()
+        refusal = str(error)
+    assert (tmp_path / "a").exists() == (not refusal)
+    if refusal:
+        assert "'norm'" in refusal
         return
     assert relative(output(peft_load(Norms(), tmp_path / "a"), x), output(base, x)) < 2e-6
 
@@ -255,9 +255,8 @@ def test_an_exported_folder_says_what_was_trained(tmp_path: Path) -> None:
         ({"bias": "lora_only"}, (False, "lora_only", None)),
         ({"bias": "all", "modules_to_save": ["ln_f"]}, (False, "all", ["transformer.ln_f"])),
     ):
-        handle = tether.attach(
-            case.build(), tether.LoraConfig(rank=2, target_modules="c_attn", **parts)
-        )
+        settings = tether.LoraConfig(rank=2, target_modules="c_attn", **parts)
+        handle = tether.attach(case.build(), settings)
         tether.save_as_lora(handle, tmp_path / "a")
         config = peft_load(case.build(), tmp_path / "a").peft_config["default"]
         saved = list(config.modules_to_save) if config.modules_to_save else None

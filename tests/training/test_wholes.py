@@ -10,6 +10,7 @@ import tether
 from laws.cases import bits
 from tether.errors import HeaderError
 from tether.training import checkpoint, loop
+from tether.training.settings import Settings
 
 from .conftest import Live, examples
 
@@ -32,7 +33,7 @@ def run(tiny_llama: Callable[..., torch.nn.Module]) -> Callable[..., Live]:
 
     def make(lora: dict[str, object]) -> Live:
         config = tether.LoraConfig(**{"rank": 2} | lora)
-        settings = loop.Settings(learning_rate=1e-2, weight_decay=0.1, lora=config)
+        settings = Settings(learning_rate=1e-2, weight_decay=0.1, steps=30, lora=config)
         torch.manual_seed(0)
         model = tiny_llama(initializer_range=0.15, attention_bias=True, mlp_bias=True)
         handle = tether.attach(model, config)
@@ -79,7 +80,7 @@ def test_the_loss_falls_and_the_optimizer_holds_all_that_is_trained(run):
     }
     (group,) = live.optimizer.param_groups
     assert list(map(id, group["params"])) == list(map(id, live.handle.parameters()))
-    losses = [step.loss for step in live.train(examples(8), until=30)]
+    losses = [step.loss for step in live.train(examples(8))]
     assert sum(losses[-3:]) < 0.8 * sum(losses[:3])
 
 
