@@ -115,7 +115,7 @@ def _cut(
     for start, block in _blocks(base, residual):
         part = u[start : start + len(block)] * s
         left += float((block - part @ vt).square().sum())
-        size += float(residual[start : start + len(block)].double().square().sum())
+        size += float(residual[start : start + len(block)].float().square().sum())
     keep = len(s)
     while keep and float(s[keep - 1]) <= _edge(left, keep, base.shape):
         keep -= 1
