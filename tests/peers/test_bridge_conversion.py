@@ -319,8 +319,17 @@ def test_half_precision_options_go_through(tmp_path: Path) -> None:
         assert low < max(errors) < high
 
 
-def test_tether_save_as_lora_takes_the_value(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["live model", "value"])
+def test_tether_save_as_lora_takes_them(what: str, tmp_path: Path) -> None:
     model = trained(LINEAR_CASE, "pissa")
-    report = tether.save_as_lora(snapshot(model), tmp_path / "ours", rank=4)
+    source = model if what == "live model" else snapshot(model)
+    report = tether.save_as_lora(source, tmp_path / "ours", rank=4)
     assert report.rank == 4
     assert 0 < report.error < 0.8
+    truth = {path: live_change(model, llama(), path) for path in report.sites}
+    theirs = peft_layers(peft_load(llama(), tmp_path / "ours"))
+    for path, site in report.sites.items():
+        written = theirs[path].get_delta_weight("default").detach()
+        assert relative(written, truth[path]) == pytest.approx(site.error, rel=1e-3)
+    with pytest.raises(ConfigError, match="after='detach' needs a live adapter of tether's"):
+        tether.save_as_lora(source, tmp_path / "ours", after="detach")

@@ -7,6 +7,7 @@ save_as_lora(model, "adapter")     # a plain LoRA for the original base; the mod
 handle = adopt(model, base="…")    # or go on training on the restored base
 """
 
+from tether import export
 from tether.integrations.peft.adopt import Adopted, Restored, adopt
 from tether.integrations.peft.live import is_peft
 from tether.integrations.peft.snapshot import read, save_as_lora, snapshot, track
@@ -23,3 +24,6 @@ __all__ = [
     "snapshot",
     "track",
 ]
+
+# So that `tether.save_as_lora` takes a live peft model too.
+export.readers.append(read)

@@ -16,8 +16,9 @@ from tether.integrations.peft import originals
 from tether.integrations.peft.find import find, trained_biases
 from tether.integrations.peft.live import Live
 from tether.integrations.peft.originals import Base
-from tether.integrations.peft.snapshot import Folder, take
+from tether.integrations.peft.snapshot import Folder
 from tether.integrations.peft.starts import Tracker
+from tether.integrations.peft.values import source_of, take
 from tether.value import Adapter
 
 
@@ -105,7 +106,9 @@ def adopt(
     tracker = Tracker.of(live)
     # Starts first: what one adapter took out of a weight is known only when all are.
     starts = {each: find(live, tracker, each, None, opened) for each in live.names}
-    values = {each: take(live, tracker, each, starts[each], opened) for each in live.names}
+    values = {
+        each: take(source_of(live, tracker, each, start, opened)) for each, start in starts.items()
+    }
     _check(live, values)
     active, inner = live.active, live.base
     pairs: list[tuple[nn.Parameter, nn.Parameter]] = []

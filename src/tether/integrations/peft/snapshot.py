@@ -5,31 +5,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+<<<<<<< HEAD
 from tether import sites, whole
+=======
+>>>>>>> h-bridge
 from tether.conversion import ConversionReport
 from tether.errors import (
     BaseMismatchError,
     ConfigError,
-    ShapeMismatchError,
-    UnsupportedAdapterError,
     UntrackedError,
 )
 from tether.export import save_as_lora as export_as_lora
-from tether.integrations.peft.find import begin, find, trained_biases
+from tether.integrations.peft.find import begin, find
 from tether.integrations.peft.live import Live, is_peft
 from tether.integrations.peft.originals import Base
-from tether.integrations.peft.place import Place
-from tether.integrations.peft.starts import Start, Tracker
-from tether.layers.record import to_value
-from tether.provenance import Provenance
-from tether.start import base_class, base_name
-from tether.value import Adapter, Factors, LayerAdapter, Trained
+from tether.integrations.peft.starts import Tracker
+from tether.integrations.peft.values import source_of, take
+from tether.source import Source
+from tether.value import Adapter
 
 Folder = str | os.PathLike[str]
-# peft's init_lora_weights that are no names.
-_METHODS = {"True": "lora", "False": "unknown"}
 
 
 @torch.no_grad()
@@ -124,57 +121,10 @@ def snapshot(
         BaseMismatchError: weights, start and `base` do not fit together.
         UnsupportedAdapterError: something that a LoRA cannot say, by name.
     """
-    live = Live.of(model)
-    name = live.name(adapter_name)
-    opened = None if base is None else Base.open(base, live)
-    tracker = Tracker.of(live)
-    start = find(live, tracker, name, None if anchor is None else Path(anchor), opened)
-    return take(live, tracker, name, start, opened)
+    return take(_source(model, adapter_name, anchor, base))
 
 
-def take(live: Live, tracker: Tracker, name: str, start: Start, base: Base | None) -> Adapter:
-    """The value of an adapter whose start is known.
-
-    Args:
-        live: the peft model.
-        tracker: of it.
-        name: of the adapter.
-        start: of the adapter.
-        base: the folder of the base, or None.
-
-    Returns:
-        copies on the CPU.
-
-    Raises:
-        UnsupportedAdapterError: something that a LoRA cannot say, by name.
-    """
-    places, config = live.sites(name), live.config(name)
-    layers = {}
-    for path, place in places.items():
-        dora = place.magnitude(name) is not None
-        weight = _original(tracker, place, base) if dora else None
-        layers[path] = _layer(place, name, start, weight)
-    targets, excluded = sites.short_targets(_skeleton(live), list(layers))
-    return Adapter(
-        layers=layers,
-        provenance=Provenance(
-            method=_METHODS.get(str(start.method), str(start.method)),
-            base_model=config.base_model_name_or_path or base_name(live.base),
-            base_class=base_class(live.base),
-            fingerprints={p: f for p, f in tracker.fingerprints.items() if p in layers},
-        ),
-        targets=targets,
-        excluded=excluded,
-        biases={
-            path: _trained(
-                to_value(live.places[path].module.get_parameter("bias")), start.biases.get(path)
-            )
-            for path in trained_biases(live, name)
-        },
-        modules={path: _module(place, name) for path, place in live.saved(name).items()},
-    )
-
-
+@torch.no_grad()
 def save_as_lora(
     model: nn.Module,
     path: Folder,
@@ -205,8 +155,7 @@ def save_as_lora(
     for folder in (anchor, base):
         if folder is not None and os.path.realpath(folder) == os.path.realpath(path):
             raise ConfigError(f"{path}: is read, and would be replaced. Write to another folder.")
-    adapter = snapshot(model, adapter_name, anchor=anchor, base=base)
-    return export_as_lora(adapter, path, **options)
+    return export_as_lora(_source(model, adapter_name, anchor, base), path, **options)
 
 
 def read(source: object) -> Adapter | None:
@@ -221,82 +170,12 @@ def read(source: object) -> Adapter | None:
     return snapshot(source) if is_peft(source) else None  # type: ignore[arg-type]
 
 
-def _layer(place: Place, name: str, start: Start, weight: Tensor | None) -> LayerAdapter:
-    part, scaling, current = start.parts[place.path], place.scaling(name), place.factors(name)
-    trainable, anchor = current, None
-    if part is not None:
-        if scaling != part.scaling:
-            raise UnsupportedAdapterError(
-                f"site {place.path!r}: the scaling is {scaling:g} now and was {part.scaling:g} at "
-                "the start, so that the adapter no longer stands for the part that was taken out. "
-                "Set it back with set_scale(adapter_name, 1) or unscale_layer()."
-            )
-        anchor = part.factors
-        trainable = Factors(current.A - anchor.A, current.B - anchor.B)
-    try:
-        return LayerAdapter(
-            trainable=trainable,
-            anchor=anchor,
-            scaling=scaling,
-            layout=place.layout,
-            dropout=place.dropout(name),
-            magnitude=_magnitude(place, name, weight),
-        )
-    except (ConfigError, ShapeMismatchError) as error:
-        raise type(error)(f"site {place.path!r}: {error}") from error
-
-
-def _original(tracker: Tracker, place: Place, base: Base | None) -> Tensor | None:
-    """The original weight of a site, if it is at hand."""
-    if base is not None:
-        return base.tensor(place)
-    # It has a fingerprint, and nothing was taken out of it: it is the one in the model.
-    here = place.path in tracker.fingerprints and not tracker.parts(place.path)
-    return place.weight if here else None
-
-
-def _magnitude(place: Place, name: str, weight: Tensor | None) -> Trained | None:
-    """DoRA's magnitude; its anchor are the row lengths of the original weight, if that is at hand.
-
-    Not those that peft started with: it rounds them to the weight's dtype.
-    """
-    parameter = place.magnitude(name)
-    if parameter is None:
-        return None
-    value = to_value(parameter).flatten()
-    if weight is None:
-        return Trained(value, None)
-    return _trained(value, whole.row_lengths(place.layout.matrix(weight)).anchor)
-
-
-def _module(place: Place, name: str) -> dict[str, Trained]:
-    """The parameters of a module trained whole; peft keeps the original beside it."""
-    copy, original = place.saved.modules_to_save[name], place.module
-    known = dict(original.named_parameters())
-    before = dict(original.named_buffers())
-    for key, buffer in copy.named_buffers():
-        if key not in before or not torch.equal(buffer.cpu(), before[key].cpu()):
-            raise UnsupportedAdapterError(
-                f"module {place.path!r} of modules_to_save: its buffer {key!r} changed in training "
-                "and is no parameter; without it the adapter would be another one."
-            )
-    return {
-        key: _trained(to_value(parameter), to_value(known[key]) if key in known else None)
-        for key, parameter in copy.named_parameters()
-    }
-
-
-def _trained(value: Tensor, anchor: Tensor | None) -> Trained:
-    return Trained(value if anchor is None else value - anchor, anchor)
-
-
-def _skeleton(live: Live) -> nn.Module:
-    """Empty modules with the base's own paths, without peft's between them."""
-    root = nn.Module()
-    modules: dict[str, nn.Module] = {"": root}
-    for path in live.places:
-        parent, _, last = path.rpartition(".")
-        if path:
-            modules[path] = nn.Module()
-            modules[parent].add_module(last, modules[path])
-    return root
+def _source(
+    model: nn.Module, adapter_name: str | None, anchor: Folder | None, base: Folder | None
+) -> Source:
+    live = Live.of(model)
+    name = live.name(adapter_name)
+    opened = None if base is None else Base.open(base, live)
+    tracker = Tracker.of(live)
+    start = find(live, tracker, name, None if anchor is None else Path(anchor), opened)
+    return source_of(live, tracker, name, start, opened)
