@@ -7,10 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-<<<<<<< HEAD
-from tether import sites, whole
-=======
->>>>>>> h-bridge
 from tether.conversion import ConversionReport
 from tether.errors import (
     BaseMismatchError,
