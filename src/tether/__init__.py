@@ -7,19 +7,30 @@ The initial factors are frozen (the anchor), the displacement is trained, the ba
 
 from importlib.metadata import version as _version
 
+from tether import combine
 from tether.algebra import to_lora
 from tether.attach import attach
 from tether.config import LoraConfig
 from tether.conversion import ConversionReport
 from tether.errors import TetherError
+from tether.export import readers as _readers
 from tether.export import save_as_lora
 from tether.fingerprints import fingerprint
-from tether.formats import load, save
+from tether.formats import save
 from tether.handle import Handle, handles
+from tether.integrations.peft import read as _read_peft
+from tether.memory import Memory, memory
+from tether.merge import merge, unmerge
+from tether.offload import limit
 from tether.provenance import Fingerprint, Provenance
+from tether.rescue import load
+from tether.rows import rows
 from tether.start import init
-from tether.switch import only, reference
-from tether.value import Adapter, Factors, LayerAdapter, Layout
+from tether.swap import slot, swap
+from tether.switch import activate, only, reference
+from tether.value import Adapter, Factors, LayerAdapter, Layout, Trained
+
+_readers.append(_read_peft)
 
 __version__ = _version("tether")
 
@@ -32,16 +43,27 @@ __all__ = [
     "LayerAdapter",
     "Layout",
     "LoraConfig",
+    "Memory",
     "Provenance",
     "TetherError",
+    "Trained",
+    "activate",
     "attach",
+    "combine",
     "fingerprint",
     "handles",
     "init",
+    "limit",
     "load",
+    "memory",
+    "merge",
     "only",
     "reference",
+    "rows",
     "save",
     "save_as_lora",
+    "slot",
+    "swap",
     "to_lora",
+    "unmerge",
 ]

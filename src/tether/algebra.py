@@ -80,7 +80,10 @@ class Compressed:
 
 @torch.no_grad()
 def compress(
-    layer: LayerAdapter, rank: int | None = None, tolerance: float | None = None
+    layer: LayerAdapter,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Compressed:
     """One site as plain factors, of smaller rank if asked.
 
@@ -91,6 +94,7 @@ def compress(
         layer: anchored or plain.
         rank: largest rank; None for no limit.
         tolerance: largest relative Frobenius error; None for exact.
+        dtype: of the result; None for the layer's own, float32 at least.
 
     Returns:
         Compressed; with neither limit the exact concatenation and its error, which is rounding.
@@ -102,7 +106,7 @@ def compress(
         raise ConfigError(f"rank {rank} must be at least 1.")
     if tolerance is not None and not 0 < tolerance < 1:
         raise ConfigError(f"tolerance {tolerance} must be between 0 and 1.")
-    dtype = layer.dtype
+    dtype = layer.dtype if dtype is None else dtype
     plain = _plain(layer, dtype)
     for factor in (plain.A, plain.B):
         check_finite(factor, "the change")
@@ -116,6 +120,54 @@ def compress(
             f"{tolerance:.3g}. Raise one of them."
         )
     return Compressed(result, error)
+
+
+@torch.no_grad()
+def balanced(layer: LayerAdapter) -> Factors:
+    """ΔW as two plain factors: the scaling folded into B, then each pair's size evened out.
+
+    Small displacements would fall into float16's subnormal numbers; powers of two are exact.
+
+    Args:
+        layer: anchored or plain.
+
+    Returns:
+        factors whose product is ΔW, float32 (float64 if the factors are).
+    """
+    plain = _plain(layer, layer.dtype)
+    a, b = plain.A, layer.scaling * plain.B
+    size_a, size_b = a.abs().amax(dim=1), b.abs().amax(dim=0)
+    live = (size_a > 0) & (size_b > 0)
+    exponent = torch.where(live, (size_b.log2() - size_a.log2()) / 2, torch.zeros_like(size_a))
+    shift = exponent.round().clamp(-60, 60)
+    return Factors(torch.ldexp(a, shift[:, None]), torch.ldexp(b, -shift))
+
+
+def smallest_rank(layer: LayerAdapter, tolerance: float) -> int:
+    """The smallest rank whose best approximation of ΔW is within a tolerance.
+
+    Args:
+        layer: anchored or plain.
+        tolerance: largest |ΔW − ΔW'|_F / |ΔW|_F.
+
+    Returns:
+        1 or more, counted on singular values in float64.
+    """
+    return _smallest_rank(singular_values(layer), tolerance)
+
+
+@torch.no_grad()
+def factors(layer: LayerAdapter) -> Factors:
+    """ΔW as one product B·A, the scaling folded into B.
+
+    Args:
+        layer: anchored or plain.
+
+    Returns:
+        float64; [s·B, s·dB]·[dA; A0] of rank 2r for an anchored site, s·B and A for a plain one.
+    """
+    plain = _plain(layer, torch.float64)
+    return Factors(plain.A, layer.scaling * plain.B)
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from tether.layers import (
     take_off,
 )
 from tether.start import init, original
+from tether.switch import check_together, settle
 from tether.value import CHILD, Adapter, LayerAdapter, Layout, Trained
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -74,10 +75,13 @@ def attach(
         ShapeMismatchError: a site has another shape.
         UnknownNameError: a site that the model does not have.
         NameTakenError: an adapter of that name is attached.
-        ConfigError: a bad name or dtype, or a configuration that does not fit the model.
+        ConfigError: a bad name or dtype, a configuration that does not fit the model, or an active
+            adapter that would replace its change.
+        MergedError: an adapter is merged into the model.
     """
     _check_arguments(model, name, dtype)
     base = original(model)
+    sites.check_unmerged(base)
     if isinstance(adapter, Adapter):
         value = adapter
     else:
@@ -95,6 +99,8 @@ def attach(
     named = dict(base.named_modules())
     modules = {path: _find(named, path, value, verify) for path in value.layers}
     layers = _make_layers(value, modules, named, record, dtype, verify)
+    others = {other.name for other in records_of(base) if other.active}
+    check_together({n: o for n, o in layers_of(base).items() if n in others} | {name: layers})
     try:
         for path, layer in layers.items():
             hang(named[path], name, layer)
@@ -106,6 +112,7 @@ def attach(
         freeze.unfreeze(record)
         raise
     freeze.reset_compiler()
+    settle(base)
     return Handle(model, name, layers)
 
 

@@ -99,7 +99,7 @@ class Checkpoint:
         entries: dict[str, _Entry] = {}
         shards, metadata = {}, {}
         listed = _listed(folder)
-        for file in dict.fromkeys(listed.values()) if listed else (WEIGHTS,):
+        for file in sorted(set(listed.values())) or (WEIGHTS,):
             found, metadata[file] = _read_header(check_inside(folder, file))
             for name in found:
                 if listed and listed.get(name) != file:
@@ -121,6 +121,10 @@ class Checkpoint:
     def names(self) -> tuple[str, ...]:
         """All tensor names, file by file."""
         return tuple(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor of that name."""
+        return name in self._entries
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, from its file's header.
@@ -162,14 +166,18 @@ class Checkpoint:
         Raises:
             UnknownNameError: there is no such tensor.
             TruncatedFileError: the file has become shorter since it was opened.
+            ModelError: it can no longer be read.
         """
         entry = self._entry(name)
         tensor = torch.empty(entry.shape, dtype=entry.dtype)
         buffer = raw_bytes(tensor)  # of the tensor itself, not of a copy
         path = self.folder / entry.file
-        with path.open("rb") as file:
-            file.seek(entry.start)
-            size = file.readinto(buffer)
+        try:
+            with path.open("rb") as file:
+                file.seek(entry.start)
+                size = file.readinto(buffer)
+        except OSError as error:
+            raise ModelError(f"{path}: cannot be read: {error.strerror}.") from error
         if size != buffer.nbytes:
             raise TruncatedFileError(
                 f"{path}: tensor {name!r} has {size} of {buffer.nbytes} bytes: the file was cut "

@@ -10,7 +10,7 @@ from tether.errors import BaseMismatchError, MetaTensorError
 from tether.provenance import Fingerprint
 from tether.value import CHILD
 
-_CHUNK = 1 << 24  # values hashed at a time: bounds the extra memory
+_CHUNK = 1 << 18  # values hashed at a time: bounds the extra memory, and stays in the cache
 
 
 @torch.no_grad()
@@ -62,7 +62,7 @@ def fingerprint(model: nn.Module) -> dict[str, Fingerprint]:
     return {n: fingerprint_tensor(p) for n, p in own.items() if p.is_floating_point()}
 
 
-def check_fingerprint(path: str, tensor: Tensor, expected: Fingerprint) -> None:
+def check_fingerprint(path: str, tensor: Tensor | Fingerprint, expected: Fingerprint) -> None:
     """Raise unless `tensor` is what `expected` was taken from.
 
     Equal bytes pass. So does the same checkpoint loaded in another precision: there the values
@@ -70,13 +70,13 @@ def check_fingerprint(path: str, tensor: Tensor, expected: Fingerprint) -> None:
 
     Args:
         path: site path, for the message.
-        tensor: the base weight here.
+        tensor: the base weight here, or its fingerprint where that is known.
         expected: the fingerprint stored with the adapter.
 
     Raises:
         BaseMismatchError: naming the site, both values and what to do.
     """
-    found = fingerprint_tensor(tensor)
+    found = tensor if isinstance(tensor, Fingerprint) else fingerprint_tensor(tensor)
     rounded = found.dtype != expected.dtype and (
         found.sha256_bfloat16 == expected.sha256_bfloat16
         or found.sha256_float16 == expected.sha256_float16

@@ -9,14 +9,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from tether import formats, freeze
+from tether import formats, freeze, offload
 from tether.errors import DetachedError, HookNotFiredError
-from tether.layers import Layer, ModuleLayer, SiteLayer, carriers, layers_of, take_off
-from tether.layers.record import Take, to_shape, to_value
-from tether.source import Source
+from tether.layers import (
+    Layer,
+    SiteLayer,
+    carriers,
+    check_in_place,
+    layers_of,
+    originals,
+    records_of,
+    take_off,
+    withdraw,
+)
+from tether.layers.record import to_shape
+from tether.memory import Memory, measure
+from tether.source import Source, of_adapter
 from tether.start import original
-from tether.switch import quiet, set_active
-from tether.value import CHILD, Adapter, LayerAdapter, Trained
+from tether.switch import Share, quiet, set_active, set_shares
+from tether.value import CHILD, Adapter, Trained
 
 
 class Handle:
@@ -36,7 +47,7 @@ class Handle:
 
     def __repr__(self) -> str:
         """Name, state and size."""
-        state = "attached" if self.attached else "detached"
+        state = ("offloaded" if self.offloaded else "attached") if self.attached else "detached"
         return f"<Handle {self.name!r}: {len(self.sites)} sites, {state}>"
 
     @property
@@ -49,6 +60,21 @@ class Handle:
     def active(self) -> bool:
         """Whether the adapter takes part in the forward pass."""
         return self.record.active
+
+    @property
+    def weight(self) -> float:
+        """By which the adapter's change is multiplied; set by `activate` and `only`."""
+        return self.record.weight
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter's change is in the base's weights now; see `merge`."""
+        return self.record.merged
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether the adapter's values are off the model; it then takes no part."""
+        return self.record.parked is not None
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -85,15 +111,17 @@ class Handle:
             yield parameter
 
     def snapshot(self) -> Adapter:
-        """The adapter now, as a value. Changes nothing in the model.
+        """The adapter now, as a value; also an offloaded one. Changes nothing in the model.
 
         Returns:
             copies on the CPU, float32 (float64 if attached so).
 
         Raises:
             DetachedError: the adapter was detached.
+            FormatError: it is offloaded to a file that is missing, damaged or another one.
         """
-        return self._value(to_value)
+        self._check_attached()
+        return offload.snapshot(self.model, self.name)
 
     def source(self) -> Source:
         """The adapter now, to be read site by site. Changes nothing in the model.
@@ -103,38 +131,24 @@ class Handle:
 
         Raises:
             DetachedError: the adapter was detached.
+            FormatError: it is offloaded to a file that is missing, damaged or another one.
         """
-        about = self._value(to_shape)
+        if self.record.parked is not None:
+            return of_adapter(self.snapshot())
+        self._check_attached()
         carrying = carriers(self.model, self.name)
         live = {_part(module, self.name).path: module for module in carrying}
+
+        def parameter(path: str, name: str) -> Trained:
+            with originals(self.model):
+                value: Trained = _part(live[path], self.name).parameter(live[path], name)
+                return value
+
         return Source(
-            about=about,
+            about=offload.snapshot(self.model, self.name, to_shape),
             layer=lambda path: _part(live[path], self.name).value(),
             bias=lambda path: _part(live[path], self.name).bias(),
-            module=lambda path, name: _part(live[path], self.name).parameter(live[path], name),
-        )
-
-    def _value(self, take: Take) -> Adapter:
-        self._check_attached()
-        layers: dict[str, LayerAdapter] = {}
-        biases: dict[str, Trained] = {}
-        modules: dict[str, dict[str, Trained]] = {}
-        for module in carriers(self.model, self.name):
-            layer = _part(module, self.name)
-            if isinstance(layer, SiteLayer):
-                layers[layer.path] = layer.value(take)
-            if isinstance(layer, ModuleLayer):
-                modules[layer.path] = layer.state(module, take)
-            elif (bias := layer.bias(take)) is not None:
-                biases[layer.path] = bias
-        return Adapter(
-            layers=layers,
-            provenance=self.record.provenance,
-            config=self.record.config,
-            targets=self.record.targets,
-            excluded=self.record.excluded,
-            biases=biases,
-            modules=modules,
+            module=parameter,
         )
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -164,19 +178,81 @@ class Handle:
     def detach(self) -> Adapter:
         """Take the adapter off the model, which is then as it was before `attach`.
 
+        A merged one is un-merged first.
+
         Returns:
             the adapter as it was at this moment; nothing is lost.
 
         Raises:
             DetachedError: it was detached before.
+            MergedError: in a block that leaves merged adapters out.
         """
-        adapter = self.snapshot()
+        self._check_attached()
         model = original(self.model)
+        check_in_place(model)
+        adapter = self.snapshot()
+        if self.merged:
+            withdraw(model, self.record)
         for module in carriers(model, self.name):
             take_off(module, self.name)
+        offload.tidy(model)
         freeze.release(model, self.record)
         freeze.reset_compiler()
         return adapter
+
+    def memory(self) -> Memory:
+        """What the adapter holds: anchors (shared ones too), trained factors, gradients.
+
+        Returns:
+            bytes by use and place; prints as a table. Optimizer state is not counted.
+
+        Raises:
+            DetachedError: the adapter was detached.
+        """
+        self._check_attached()
+        return measure(self.model, self.name)
+
+    def offload(self, where: str | os.PathLike[str] = "cpu") -> None:
+        """Take the adapter's values off the model's memory; `restore` puts back every bit.
+
+        Until then the adapter takes no part in the forward pass. Its parameters stay the same
+        objects, empty, so an optimizer over them and its state stay valid, and skip them.
+        `snapshot`, `save` and `detach` still give the values. Gradients are parked in CPU memory
+        and come back too; call `zero_grad` after restoring if they are not wanted. Anchors that
+        an adapter on the model uses as well stay there. All or nothing: on an error the adapter is
+        as it was.
+
+        Args:
+            where: "cpu" for CPU memory (for a model on the CPU that frees nothing); or the path
+                of a native file, which is yours and stays after restoring. A file that is there
+                is never replaced: it may be another adapter's that is offloaded. If it holds this
+                very adapter it is used as it is.
+
+        Raises:
+            WriteError: the file cannot be written, or is there and holds something else.
+            NonFiniteError: a value is NaN or Inf, and `where` is a file; "cpu" takes it.
+            ConfigError: `where` is a device other than "cpu".
+            ShardedWeightError: FSDP sharded the adapter.
+            OffloadedError: it is offloaded to another place.
+            DetachedError: the adapter was detached.
+        """
+        self._check_attached()
+        offload.offload(original(self.model), self.name, where)
+
+    def restore(self) -> None:
+        """Put an offloaded adapter back, every bit; does nothing if it is not offloaded.
+
+        Values, gradients, requires_grad and modes are as they were, and it takes part in the
+        forward pass if it did. It goes where the model is by now, also in its dtype.
+
+        Raises:
+            FormatError: the file that it was offloaded to is missing, damaged or another one. The
+                adapter stays offloaded.
+            ShardedWeightError: FSDP sharded the model meanwhile.
+            DetachedError: the adapter was detached.
+        """
+        self._check_attached()
+        offload.restore(original(self.model), self.name)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -186,7 +262,13 @@ class Handle:
             nothing; the model's output is what it would be without this adapter.
         """
         self._check_attached()
-        with set_active({self.record: False}):
+        with ExitStack() as stack:
+            states = {self.record: False}
+            if self.merged:
+                merged = {r: True for r in records_of(self.model) if r.merged}
+                states = merged | states
+                stack.enter_context(originals(self.model))
+            stack.enter_context(set_active(self.model, states))
             yield
 
     def verify(self, batch: Any) -> None:
@@ -203,7 +285,9 @@ class Handle:
         fired: set[str] = set()
         with ExitStack() as stack:
             stack.enter_context(quiet(original(self.model)))
-            stack.enter_context(set_active({self.record: True}))
+            stack.enter_context(originals(self.model))
+            stack.enter_context(set_active(self.model, {self.record: True}))
+            stack.enter_context(set_shares({self.record: Share()}))
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             for path, layer in self._layers.items():
                 hook = layer.register_forward_hook(_adder(fired, path))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tether.errors import (
+    MergedError,
     MetaTensorError,
     NoSiteError,
     ShardedWeightError,
@@ -15,7 +16,7 @@ from tether.errors import (
     UnsupportedModuleError,
     nearest,
 )
-from tether.value import CHILD, Layout
+from tether.value import CHILD, KEPT, Layout
 
 ALL_LINEAR = "all-linear"
 # Heads that classification and other models of transformers put on top.
@@ -164,22 +165,57 @@ def base_weight(path: str, module: nn.Module) -> Tensor:
         UnsupportedModuleError: it is not floating point (quantised).
     """
     weight = _weight(path, module)
-    if weight.is_meta:
+    check_readable(f"site {path!r}: weight", weight, module)
+    return weight
+
+
+def check_readable(label: str, tensor: Tensor, module: nn.Module) -> None:
+    """Raise unless a parameter of the base has values that can be read.
+
+    Args:
+        label: what to call it in the message.
+        tensor: the parameter.
+        module: that holds it.
+
+    Raises:
+        MetaTensorError: it has no values.
+        ShardedWeightError: it is a DTensor.
+        UnsupportedModuleError: it is not floating point (quantised).
+    """
+    if tensor.is_meta:
         raise MetaTensorError(
-            f"site {path!r}: weight {tuple(weight.shape)} is on the meta device, without values. "
+            f"{label} {tuple(tensor.shape)} is on the meta device, without values. "
             "Load the model with its weights first."
         )
-    if any(cls.__name__ == "DTensor" for cls in type(weight).__mro__):
+    if any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__):
         raise ShardedWeightError(
-            f"site {path!r}: weight {tuple(weight.shape)} is a DTensor. "
+            f"{label} {tuple(tensor.shape)} is a DTensor. "
             "Attach before fully_shard, then shard the model with its adapter."
         )
-    if weight.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise UnsupportedModuleError(
-            f"site {path!r}: weight of dtype {weight.dtype} in {type(module).__name__} is not "
+            f"{label} of dtype {tensor.dtype} in {type(module).__name__} is not "
             "floating point. Load the base unquantised, or exclude the module."
         )
-    return weight
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Raise where the weights are not the base's own: an adapter is merged into them.
+
+    Args:
+        model: any module.
+
+    Raises:
+        MergedError: naming the first such weight.
+    """
+    for path, module in base_modules(model):
+        for name in module._buffers:
+            if name.startswith(KEPT):
+                raise MergedError(
+                    f"{path}.{name.removeprefix(KEPT)}: an adapter is merged into this weight, so "
+                    "another can neither start from it nor be attached. Un-merge it first, with "
+                    "tether.unmerge, outside of every block such as tether.reference."
+                )
 
 
 def short_targets(

@@ -34,9 +34,11 @@ def init(
     Raises:
         ConfigError: the configuration does not fit the model.
         WeightError: a selected weight is NaN, Inf, without values, or sharded.
+        MergedError: an adapter is merged into the model.
     """
     config = config or LoraConfig()
     model = original(model)
+    sites.check_unmerged(model)
     method = config.method
     layers: dict[str, LayerAdapter] = {}
     prints: dict[str, Fingerprint] = {}

@@ -22,6 +22,7 @@ from tether.provenance import Provenance
 
 __all__ = [
     "CHILD",
+    "KEPT",
     "Adapter",
     "Factors",
     "Json",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 CHILD = "tether"  # the name under which a base module carries its adapters
+KEPT = "_tether_base_"  # and, with the parameter's name, its own tensor while a merged one is there
 Progress = Callable[[int, int], None]  # (done, in all)
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from tether import fs
+from tether.algebra import balanced
 from tether.errors import ConfigError, UnsupportedAdapterError
 from tether.formats import peft_names as names
 from tether.formats.card import model_card
@@ -113,23 +114,10 @@ def canonical_layer(site: str, layer: LayerAdapter, rank: int, dtype: torch.dtyp
             f"site {site!r}: PEFT's LoRA ignores the dilation or padding mode of this "
             "convolution, so its output would differ. Save the native file instead."
         )
-    factors = _padded(_balanced(layer), rank).to(dtype)
+    factors = _padded(balanced(layer), rank).to(dtype)
     for name, factor in (("A", factors.A), ("B", factors.B)):
         check_finite(factor, f"site {site!r}: factor {name} in {DTYPES[dtype]}")
     return LayerAdapter(factors, None, 1.0, layer.layout, layer.dropout, layer.magnitude)
-
-
-def _balanced(layer: LayerAdapter) -> Factors:
-    """Fold the scaling into B, then even out each pair's size by a power of two.
-
-    Small displacements would fall into float16's subnormal numbers; powers of two are exact.
-    """
-    a, b = layer.trainable.A.float(), layer.scaling * layer.trainable.B.float()
-    size_a, size_b = a.abs().amax(dim=1), b.abs().amax(dim=0)
-    live = (size_a > 0) & (size_b > 0)
-    exponent = torch.where(live, (size_b.log2() - size_a.log2()) / 2, torch.zeros(()))
-    shift = exponent.round().clamp(-60, 60)
-    return Factors(torch.ldexp(a, shift[:, None]), torch.ldexp(b, -shift))
 
 
 def _padded(factors: Factors, rank: int) -> Factors:

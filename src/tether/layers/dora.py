@@ -45,12 +45,8 @@ def lengths(layer: "SiteLayer", matrix: Tensor) -> Tensor:
         (out,), in the magnitude's dtype.
     """
     dtype = layer.m0.dtype
-    if layer.anchor is None:
-        left, right = layer.B.detach(), layer.A.detach()
-    else:
-        left = torch.cat([layer.anchor.B0 + layer.dB, layer.dB], dim=1).detach()
-        right = torch.cat([layer.dA, layer.anchor.A0]).detach()
-    left, right = layer.scaling * left.to(dtype), right.to(dtype)
+    left, right = layer.plain(dtype)
+    left = layer.scaling * left
     # Wᵀ's own precision for the product with W: no wide copy of a half-precision weight.
     cross = (matrix @ right.T.to(matrix.dtype)).to(dtype)
     square = layer.m0.square() + (left * (2 * cross + left @ (right @ right.T))).sum(dim=1)

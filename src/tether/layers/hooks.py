@@ -29,7 +29,7 @@ def apply_adapters(
     """
     base = output
     for layer in getattr(module, CHILD).values():
-        if layer.record.active:
+        if layer.record.active and not layer.record.merged:
             rows = layer.record.rows
             if rows is None:
                 output = _apply(layer, module, args, kwargs, output, base)
@@ -68,14 +68,22 @@ def _apply_to_rows(
 ) -> Tensor:
     """Apply a layer to some rows; the others keep every bit."""
     inputs = [*args, *kwargs.values()]
-    # The input too: a table of positions may be looked up once for all rows of the batch.
-    found = {tensor.shape[0] if tensor.dim() else 0 for tensor in (inputs[0], output)}
-    if found != {rows.total} or (isinstance(layer, ModuleLayer) and len(inputs) != 1):
+    if isinstance(layer, ModuleLayer) and len(inputs) != 1:
         raise RowsError(
-            f"site {layer.path!r}: {len(inputs)} inputs, of {sorted(found)} rows, where the batch "
-            f"has {rows.total}: its rows cannot be told apart here. Give one name per row of the "
-            "batch, or run the adapters one after the other."
+            f"module {layer.path!r}: {len(inputs)} inputs; rows can be told apart in one only. Run "
+            "the adapters one after the other, with tether.only."
         )
+    # The input too: a table of positions may be looked up once for all rows of the batch.
+    for tensor in (inputs[0], output):
+        here = tensor.shape[0] if isinstance(tensor, Tensor) and tensor.dim() else 0
+        if here != rows.total:
+            raise RowsError(
+                f"site {layer.path!r}: {here} rows here, {rows.total} names given to tether.rows. "
+                "Give one name per row. Where generation expands the batch (num_beams, "
+                "num_return_sequences), repeat every name as often. Where the module runs once "
+                "for all rows, like a table of positions, pass an input for each row "
+                "(position_ids). Or run the adapters one after the other, with tether.only."
+            )
     index = rows.index.to(output.device)
     if not len(index):
         return output

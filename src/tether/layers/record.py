@@ -2,10 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tether.errors import OffloadedError
 from tether.linalg import check_finite
 from tether.provenance import Provenance
 from tether.value import Json
@@ -25,6 +28,23 @@ class Rows:
 
 
 @dataclass(eq=False)
+class Parked:
+    """Where the values of an offloaded adapter are, and what it comes back to.
+
+    Attributes:
+        active: whether it takes part in the forward pass once it is back.
+        path: of the native file, absolute; None for CPU memory.
+        digest: of that file.
+        by_limit: whether a limit offloaded it, and switching to it brings it back.
+    """
+
+    active: bool
+    path: Path | None = None
+    digest: str = ""
+    by_limit: bool = False
+
+
+@dataclass(eq=False)
 class Record:
     """What the layers of one adapter on one model share.
 
@@ -39,8 +59,12 @@ class Record:
         active: whether its layers take part in the forward pass.
         weight: by which its change is multiplied.
         rows: of the batch in which it takes part; None for all.
+        merged: whether its change is in the base's weights, as they are now.
         frozen: base parameters that attaching stopped from training.
         enabled_input_grads: whether attaching switched on the model's input gradients.
+        parked: where its values are while it is offloaded; None while they are on the model.
+        used: the number of the switch that last made it inactive.
+        pins: blocks in progress after which it will be active again.
     """
 
     name: str
@@ -53,11 +77,69 @@ class Record:
     active: bool = True
     weight: float = 1.0
     rows: Rows | None = None
+    merged: bool = False
     frozen: list[nn.Parameter] = field(default_factory=list)
     enabled_input_grads: bool = False
+    parked: Parked | None = None
+    used: int = 0
+    pins: int = 0
 
 
-class Layer(nn.Module):
+class Holder(nn.Module):
+    """A module whose own tensors may lie elsewhere for a while, with empty ones in their place.
+
+    Attributes:
+        away: whether they do.
+        parked: name -> value in CPU memory; none where the values are in a file.
+        gradients: name of the parameter -> its gradient, in CPU memory.
+    """
+
+    def __init__(self) -> None:
+        """Everything is here."""
+        super().__init__()
+        self.away = False
+        self.parked: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+
+    def own(self) -> dict[str, Tensor]:
+        """Parameters and buffers of this module alone.
+
+        Returns:
+            name -> the live tensor, empty while away.
+        """
+        return {n: t for n, t in {**self._parameters, **self._buffers}.items() if t is not None}
+
+    def held(self, name: str) -> Tensor:
+        """A tensor's values, here or parked in CPU memory.
+
+        Args:
+            name: of the parameter or buffer.
+
+        Returns:
+            the tensor itself.
+
+        Raises:
+            OffloadedError: the values are in a file.
+        """
+        if not self.away:
+            return self.own()[name]
+        if name not in self.parked:
+            raise OffloadedError(
+                f"{name}: its values are in the file of an offloaded adapter. Call "
+                "handle.restore() first."
+            )
+        return self.parked[name]
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        """What torch's `state_dict` takes from here: the values, not the empty tensors."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.away:
+            destination |= {f"{prefix}{name}": self.held(name) for name in self.own()}
+
+
+class Layer(Holder):
     """One adapter's part at one module of the base."""
 
     def __init__(self, path: str, record: Record) -> None:

@@ -5,12 +5,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tether.layers.dora import stretch
-from tether.layers.record import Layer, Record, Take, contiguous_copy, to_value
+from tether.layers.record import Holder, Layer, Record, Take, contiguous_copy, to_value
 from tether.linalg import check_finite
 from tether.value import Factors, LayerAdapter, Layout, Trained
 
 
-class Anchor(nn.Module):
+class Anchor(Holder):
     """Frozen initial factors; one object for all adapters of a site that have the same."""
 
     A0: Tensor
@@ -100,6 +100,21 @@ class SiteLayer(Layer):
         self.add(moved, contiguous_copy(value.trainable, dtype))
         self.register_buffer(start, contiguous_copy(value.anchor, dtype))
 
+    def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Two factors whose product is ΔW without s, and no large halves that cancel.
+
+        Args:
+            dtype: to compute in.
+
+        Returns:
+            [B, dB] (out, 2r) and [dA; A0] (2r, in); without an anchor B and A.
+        """
+        a, b = (getattr(self, name).to(dtype) for name in self.names)
+        if self.anchor is None:
+            return b, a
+        a0, b0 = self.anchor.A0.to(dtype), self.anchor.B0.to(dtype)
+        return torch.cat([b0 + b, b], dim=1), torch.cat([a, a0])
+
     @property
     def dora(self) -> bool:
         """Whether the rows' lengths are trained."""
@@ -119,11 +134,13 @@ class SiteLayer(Layer):
         Returns:
             a layer that shares nothing with the model.
         """
-        a, b = (take(getattr(self, name)) for name in self.names)
+        a, b = (take(self.held(name)) for name in self.names)
         anchor = None
         if self.anchor is not None:
-            anchor = Factors(take(self.anchor.A0), take(self.anchor.B0))
-        magnitude = Trained(take(self.dm), take(self.m0)) if self.dora else None
+            anchor = Factors(*(take(self.anchor.held(name)) for name in ("A0", "B0")))
+        magnitude = None
+        if self.dora:
+            magnitude = Trained(take(self.held("dm")), take(self.held("m0")))
         return LayerAdapter(
             Factors(a, b), anchor, self.scaling, self.layout, self.dropout, magnitude
         )
@@ -137,7 +154,9 @@ class SiteLayer(Layer):
         Returns:
             copies on the CPU, or None if it is not trained.
         """
-        return Trained(take(self.db), take(self.b0)) if self.biased else None
+        if not self.biased:
+            return None
+        return Trained(take(self.held("db")), take(self.held("b0")))
 
     def forward(self, module: nn.Module, x: Tensor, output: Tensor, base: Tensor) -> Tensor:
         """The output with this adapter's change added.

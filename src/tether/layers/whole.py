@@ -44,7 +44,7 @@ class BiasLayer(Layer):
         Returns:
             copies on the CPU.
         """
-        return Trained(take(self.db), take(self.b0))
+        return Trained(take(self.held("db")), take(self.held("b0")))
 
     def forward(self, module: nn.Module, output: Tensor) -> Tensor:
         """The output with the bias's displacement added.
@@ -113,7 +113,8 @@ class ModuleLayer(Layer):
         Returns:
             copies on the CPU.
         """
-        return Trained(take(dict(self.trained())[name]), take(module.get_parameter(name)))
+        own = dict(zip(self.keys, self._parameters, strict=True))
+        return Trained(take(self.held(own[name])), take(module.get_parameter(name)))
 
     def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What the module gives with its parameters moved; its own output at the start.
