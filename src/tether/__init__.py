@@ -13,12 +13,11 @@ from tether.attach import attach
 from tether.config import LoraConfig
 from tether.conversion import ConversionReport
 from tether.errors import TetherError
-from tether.export import readers as _readers
 from tether.export import save_as_lora
 from tether.fingerprints import fingerprint
 from tether.formats import save
 from tether.handle import Handle, handles
-from tether.integrations.peft import read as _read_peft
+from tether.integrations import peft as _peft  # noqa: F401  save_as_lora then reads its models
 from tether.memory import Memory, memory
 from tether.merge import merge, unmerge
 from tether.offload import limit
@@ -29,8 +28,6 @@ from tether.start import init
 from tether.swap import slot, swap
 from tether.switch import activate, only, reference
 from tether.value import Adapter, Factors, LayerAdapter, Layout, Trained
-
-_readers.append(_read_peft)
 
 __version__ = _version("tether")
 
