@@ -111,9 +111,11 @@ def compress(
     for factor in (plain.A, plain.B):
         check_finite(factor, "the change")
     if (rank is not None and rank < plain.rank) or tolerance is not None:
-        plain = _truncate(_plain(layer, torch.float64), rank, tolerance).to(dtype)
-    result = replace(layer, trainable=plain, anchor=None)
-    error = relative_error(layer, result)
+        plain, error = _truncate(_plain(layer, torch.float64), rank, tolerance, dtype)
+        result = replace(layer, trainable=plain, anchor=None)
+    else:
+        result = replace(layer, trainable=plain, anchor=None)
+        error = relative_error(layer, result)
     if tolerance is not None and error > tolerance:
         raise ConfigError(
             f"rank {plain.rank} leaves a relative error of {error:.3g}, above tolerance "
@@ -256,17 +258,37 @@ def _core(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _product_norm(b: Tensor, a: Tensor) -> float:
-    return float(torch.linalg.matrix_norm(_core(b, a)[1]))
+    """|b·a|_F: that of the small matrix between orthonormal bases, which need not be formed."""
+    upper, lower = (torch.linalg.qr(factor, mode="r")[1] for factor in (b, a.T))
+    return float(torch.linalg.matrix_norm(upper @ lower.T))
 
 
-def _truncate(plain: Factors, rank: int | None, tolerance: float | None) -> Factors:
-    """Best approximation, its singular values shared between the factors."""
+def _truncate(
+    plain: Factors, rank: int | None, tolerance: float | None, dtype: torch.dtype
+) -> tuple[Factors, float]:
+    """Best approximation, its singular values shared between the factors; its relative error."""
     left, core, right = _core(plain.B, plain.A)
     u, s, vt = torch.linalg.svd(core)
     keep = _smallest_rank(s, tolerance) if tolerance is not None else len(s)
     keep = min(keep, rank if rank is not None else keep, len(s))
     root = s[:keep].sqrt()
-    return Factors(A=root[:, None] * (vt[:keep] @ right), B=(left @ u[:, :keep]) * root)
+    best = Factors(A=(root[:, None] * vt[:keep]) @ right, B=left @ (u[:, :keep] * root)).to(dtype)
+    size = float(s.norm())
+    return best, _distance(left, core, right, best.to(torch.float64)) / size if size > 0 else 0.0
+
+
+def _distance(left: Tensor, core: Tensor, right: Tensor, other: Factors) -> float:
+    """|left·core·right − B·A|_F, exact also where it is far below the norms.
+
+    With B = left·X + E and A = Y·right + F, the parts E and F being orthogonal to the bases, the
+    difference falls into four orthogonal parts, whose squares add up:
+    |core − X·Y|² + |X·F|² + |E·Y|² + |E·F|².
+    """
+    x, y = left.T @ other.B, other.A @ right.T
+    e, f = other.B - left @ x, other.A - y @ right
+    ee, ff = e.T @ e, f @ f.T
+    parts = (x.T @ x) * ff + ee * (y @ y.T) + ee * ff
+    return math.sqrt(float((core - x @ y).square().sum() + parts.sum()))
 
 
 def _smallest_rank(s: Tensor, tolerance: float) -> int:
