@@ -320,6 +320,41 @@ def test_embeddings_are_kept(source: str, tmp_path: Path) -> None:
     assert relative(output(base), done.output) < 1e-4
 
 
+WHOLES = {
+    "dora": (llama, {"use_dora": True}),
+    "module": (llama, {"modules_to_save": ["lm_head"]}),
+    "biases": (gpt2, {"bias": "all", "target_modules": ["c_attn", "c_fc"]}),
+    "all": (gpt2, {"bias": "all", "target_modules": ["c_attn"], "use_dora": True,
+                   "modules_to_save": ["mlp.c_proj"]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", ["anchor", "residual", "base"])
+@pytest.mark.parametrize("case", WHOLES)
+def test_what_is_trained_whole_comes_along(case: str, source: str, tmp_path: Path) -> None:
+    """peft's conversion leaves all of it out, and says nothing."""
+    build, settings = WHOLES[case]
+    done = run(tmp_path, "pissa", build, **settings)
+    job = rescue.open_rescue(
+        done.adapter, *(done.sources()[source].get(n) for n in ("anchor", "base", "residual"))
+    )
+    rescue.write(job, tmp_path / "native.safetensors")
+    rescue.write(job, tmp_path / "plain")
+    base = build()
+    assert relative(done.output, output(base)) > 0.01
+    handle = tether.attach(base, tether.load(tmp_path / "native.safetensors"))
+    assert relative(output(base), done.output) < 3e-4
+    handle.detach()
+    assert torch.equal(output(base), output(build()))
+    assert relative(output(peft_load(build(), tmp_path / "plain")), done.output) < 3e-4
+    value = rescue.load(done.adapter, **done.sources()[source])
+    assert any(layer.magnitude is not None for layer in value.layers.values()) is (
+        "use_dora" in settings
+    )
+    assert bool(value.biases) is ("bias" in settings)
+    assert bool(value.modules) is ("modules_to_save" in settings)
+
+
 @pytest.mark.parametrize("source", ["anchor", "residual", "base"])
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "lora_ga"])
 def test_conv1d_of_gpt2(init: str, source: str, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tether import fs
+from tether.errors import ConfigError
 from tether.formats import native, peft_names, peft_write
 from tether.linalg import check_finite
 from tether.provenance import Fingerprint
@@ -164,6 +165,8 @@ def peft_folder(shapes: Adapter, path: Path, dtype: torch.dtype) -> Iterator[Sin
         UnsupportedAdapterError: a site that PEFT cannot express, by name.
         WriteError: it cannot be written; what was there stays.
     """
+    if dtype not in peft_write.DTYPES:
+        raise ConfigError(f"dtype {dtype} is none of {', '.join(peft_write.DTYPES.values())}.")
     peft_write.check_expressible(shapes)
     specs = {}
     for site, layer in shapes.layers.items():
