@@ -117,6 +117,7 @@ def test_the_weight_is_w_plus_the_change_and_comes_back(name, kind, weight):
     merge(model, "a")
     assert (handle.merged, handle.active, handle.weight) == (True, True, weight)
     found = model["site"].weight
+    assert not found.requires_grad  # as the base's while an adapter trains
     assert found.stride() == original.stride()
     error = (found.double() - wanted).norm() / (wanted - original.detach().double()).norm()
     assert float(error.detach()) < 1e-6

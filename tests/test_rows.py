@@ -227,9 +227,9 @@ def test_blocks_nest_and_restore_also_after_an_error(tiny_llama):
         assert (a.weight, b.weight) == (1, 1)
         with tether.reference(model):
             assert bits(logits(model)) == base
+        a.verify({"input_ids": IDS[:2]})
         activate(model, "b")
         all_b = bits(logits(model))
-        a.verify({"input_ids": IDS[:2]})
     with tether.only(model, "b"):
         assert bits(logits(model)) == all_b
     assert state(model) == before
