@@ -109,6 +109,30 @@ def test_a_rank_or_tolerance_keeps_the_largest_singular_values():
     torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(20, 14), (4, 30), (30, 4)])
+def test_the_error_of_a_smaller_rank_is_that_of_the_rounded_factors(shape, dtype):
+    value = layer(4, shape)
+    exact = truth(value)
+    for limit in ({"rank": 1}, {"rank": 4}, {"rank": 7}, {"tolerance": 0.01}):
+        result = algebra.compress(value, **limit, dtype=dtype)
+        assert {result.layer.trainable.A.dtype, result.layer.trainable.B.dtype} == {dtype}
+        measured = relative(truth(result.layer), exact)
+        assert result.error == pytest.approx(measured, rel=1e-8, abs=1e-14)
+
+
+def test_factors_and_smallest_rank_are_those_of_the_change():
+    for value in (layer(3), layer(3, anchored=False)):
+        product = algebra.factors(value)
+        assert relative(product.B @ product.A, truth(value)) < 1e-14
+        spectrum = torch.linalg.svdvals(truth(value))
+        for tolerance in (0.5, 0.1, 1e-3):
+            rank = algebra.smallest_rank(value, tolerance)
+            assert spectrum[rank:].norm() <= tolerance * spectrum.norm()
+            assert rank == 1 or spectrum[rank - 1 :].norm() > 0.99 * tolerance * spectrum.norm()
+    assert algebra.smallest_rank(still(layer()), 0.1) == 1
+
+
 def test_a_rank_with_room_changes_nothing():
     value = layer(rank=2)
     exact = algebra.compress(value).layer

@@ -173,7 +173,7 @@ def broken(adapter: Adapter) -> Adapter:
 
 
 REFUSED = {
-    "after": (lambda h: h, {"after": "merge"}, ConfigError, "after='merge'.*after='keep'"),
+    "after": (lambda h: h, {"after": "merge"}, ConfigError, "keep, offload, detach, not 'merge'"),
     "rank 0": (lambda h: h, {"rank": 0}, ConfigError, "'tokens': rank 0 must be at least 1"),
     "rank -1": (lambda h: h, {"rank": -1}, ConfigError, "rank -1"),
     "tolerance 0": (lambda h: h, {"tolerance": 0}, ConfigError, "tolerance 0"),

@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 import tether
 from tether import Adapter, Factors, LayerAdapter, Layout, Provenance, fs
 from tether.errors import WriteError
-from tether.formats import native, peft_write
+from tether.formats import native
+from tether.stream import TensorWriter
 
 FILES = {"one", "two"}
 
@@ -150,8 +151,9 @@ def calls(exchange: bool = True, **settings: object) -> Iterator[Calls]:
             patch.setattr(os, name, made.counted(name, getattr(os, name)))
         patch.setattr(os, "fsync", made.counted("fsync", lambda handle: None))
         patch.setattr(io, "open", made.counted("io.open", io.open))
-        for module in (native, peft_write):
-            patch.setattr(module, "save_file", made.counted("save_file", module.save_file))
+        patch.setattr(native, "save_file", made.counted("save_file", native.save_file))
+        for name in ("write", "finish"):
+            patch.setattr(TensorWriter, name, made.counted(name, getattr(TensorWriter, name)))
         if exchange:
             patch.setattr(fs, "_exchange", made.counted("exchange", fs._exchange))
         else:
@@ -238,8 +240,8 @@ def test_an_error_of_the_caller_s_own_is_kept_and_nothing_written(tmp_path, way,
         raise ZeroDivisionError
 
     monkeypatch.setattr(io, "open", broken)
-    for module in (native, peft_write):
-        monkeypatch.setattr(module, "save_file", broken)
+    monkeypatch.setattr(native, "save_file", broken)
+    monkeypatch.setattr(TensorWriter, "write", broken)
     with pytest.raises(ZeroDivisionError):
         way.write(target, 2)
     monkeypatch.undo()
@@ -247,16 +249,14 @@ def test_an_error_of_the_caller_s_own_is_kept_and_nothing_written(tmp_path, way,
     assert others(target) == []
 
 
-@pytest.mark.parametrize("name", ["save", "save_as_lora"])
-def test_safetensors_own_error_is_a_write_error(tmp_path, name, monkeypatch):
+def test_safetensors_own_error_is_a_write_error(tmp_path, monkeypatch):
     def half_written(tensors: object, path: Path, metadata: object) -> None:
         path.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    target, way = tmp_path / "target", WAYS[name]
+    target, way = tmp_path / "target", WAYS["save"]
     way.write(target, 1)
-    for module in (native, peft_write):
-        monkeypatch.setattr(module, "save_file", half_written)
+    monkeypatch.setattr(native, "save_file", half_written)
     with pytest.raises(WriteError, match=r"target: cannot be written: .*No space.*Free some"):
         way.write(target, 2)
     assert version_at(way, target) == 1

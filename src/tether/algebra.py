@@ -11,17 +11,31 @@ from tether.linalg import check_finite
 from tether.value import Adapter, Factors, LayerAdapter
 
 
-def delta(layer: LayerAdapter) -> Tensor:
+def delta(layer: LayerAdapter, weight: Tensor | None = None) -> Tensor:
     """The change of one site's weight, s·(B·dA + dB·A0).
 
     Args:
         layer: factors in any floating dtype; computed in float32 or better.
+        weight: (out, in) view of the base weight, which only a site with DoRA needs: its change
+            is m·(W + ΔW)/|W + ΔW| − W, the lengths taken row by row.
 
     Returns:
         (out, in), float32 (float64 if the factors are).
+
+    Raises:
+        ConfigError: the site has DoRA and no weight is given.
     """
     product = _plain(layer, layer.dtype)
-    return layer.scaling * (product.B @ product.A)
+    change = layer.scaling * (product.B @ product.A)
+    if layer.magnitude is None:
+        return change
+    if weight is None:
+        raise ConfigError("with DoRA the change of a weight depends on it; give the weight.")
+    moved = weight.to(change) + change
+    lengths = torch.linalg.vector_norm(moved, dim=1, keepdim=True)
+    # A row of zeros has no direction to stretch.
+    safe = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
+    return moved * (layer.magnitude.current.to(change)[:, None] / safe) - weight.to(change)
 
 
 def to_lora(adapter: Adapter, rank: int | None = None, tolerance: float | None = None) -> Adapter:
@@ -66,7 +80,10 @@ class Compressed:
 
 @torch.no_grad()
 def compress(
-    layer: LayerAdapter, rank: int | None = None, tolerance: float | None = None
+    layer: LayerAdapter,
+    rank: int | None = None,
+    tolerance: float | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Compressed:
     """One site as plain factors, of smaller rank if asked.
 
@@ -77,6 +94,7 @@ def compress(
         layer: anchored or plain.
         rank: largest rank; None for no limit.
         tolerance: largest relative Frobenius error; None for exact.
+        dtype: of the result; None for the layer's own, float32 at least.
 
     Returns:
         Compressed; with neither limit the exact concatenation and its error, which is rounding.
@@ -88,14 +106,16 @@ def compress(
         raise ConfigError(f"rank {rank} must be at least 1.")
     if tolerance is not None and not 0 < tolerance < 1:
         raise ConfigError(f"tolerance {tolerance} must be between 0 and 1.")
-    dtype = layer.dtype
+    dtype = layer.dtype if dtype is None else dtype
     plain = _plain(layer, dtype)
     for factor in (plain.A, plain.B):
         check_finite(factor, "the change")
     if (rank is not None and rank < plain.rank) or tolerance is not None:
-        plain = _truncate(_plain(layer, torch.float64), rank, tolerance).to(dtype)
-    result = replace(layer, trainable=plain, anchor=None)
-    error = relative_error(layer, result)
+        plain, error = _truncate(_plain(layer, torch.float64), rank, tolerance, dtype)
+        result = replace(layer, trainable=plain, anchor=None)
+    else:
+        result = replace(layer, trainable=plain, anchor=None)
+        error = relative_error(layer, result)
     if tolerance is not None and error > tolerance:
         raise ConfigError(
             f"rank {plain.rank} leaves a relative error of {error:.3g}, above tolerance "
@@ -125,6 +145,33 @@ def balanced(layer: LayerAdapter) -> Factors:
     return Factors(torch.ldexp(a, shift[:, None]), torch.ldexp(b, -shift))
 
 
+def smallest_rank(layer: LayerAdapter, tolerance: float) -> int:
+    """The smallest rank whose best approximation of ΔW is within a tolerance.
+
+    Args:
+        layer: anchored or plain.
+        tolerance: largest |ΔW − ΔW'|_F / |ΔW|_F.
+
+    Returns:
+        1 or more, counted on singular values in float64.
+    """
+    return _smallest_rank(singular_values(layer), tolerance)
+
+
+@torch.no_grad()
+def factors(layer: LayerAdapter) -> Factors:
+    """ΔW as one product B·A, the scaling folded into B.
+
+    Args:
+        layer: anchored or plain.
+
+    Returns:
+        float64; [s·B, s·dB]·[dA; A0] of rank 2r for an anchored site, s·B and A for a plain one.
+    """
+    plain = _plain(layer, torch.float64)
+    return Factors(plain.A, layer.scaling * plain.B)
+
+
 @torch.no_grad()
 def norm(layer: LayerAdapter) -> float:
     """|ΔW|_F of one site, from the factors alone, in float64.
@@ -137,6 +184,21 @@ def norm(layer: LayerAdapter) -> float:
     """
     plain = _plain(layer, torch.float64)
     return layer.scaling * _product_norm(plain.B, plain.A)
+
+
+@torch.no_grad()
+def singular_values(layer: LayerAdapter) -> Tensor:
+    """The singular values of one site's ΔW (with DoRA: of its low-rank part), in float64.
+
+    Args:
+        layer: anchored or plain.
+
+    Returns:
+        (k,), descending, k the rank of the plain form or the smaller side of the weight.
+    """
+    plain = _plain(layer, torch.float64)
+    values: Tensor = torch.linalg.svdvals(_core(plain.B, plain.A)[1])
+    return layer.scaling * values
 
 
 @torch.no_grad()
@@ -196,17 +258,37 @@ def _core(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _product_norm(b: Tensor, a: Tensor) -> float:
-    return float(torch.linalg.matrix_norm(_core(b, a)[1]))
+    """|b·a|_F: that of the small matrix between orthonormal bases, which need not be formed."""
+    upper, lower = (torch.linalg.qr(factor, mode="r")[1] for factor in (b, a.T))
+    return float(torch.linalg.matrix_norm(upper @ lower.T))
 
 
-def _truncate(plain: Factors, rank: int | None, tolerance: float | None) -> Factors:
-    """Best approximation, its singular values shared between the factors."""
+def _truncate(
+    plain: Factors, rank: int | None, tolerance: float | None, dtype: torch.dtype
+) -> tuple[Factors, float]:
+    """Best approximation, its singular values shared between the factors; its relative error."""
     left, core, right = _core(plain.B, plain.A)
     u, s, vt = torch.linalg.svd(core)
     keep = _smallest_rank(s, tolerance) if tolerance is not None else len(s)
     keep = min(keep, rank if rank is not None else keep, len(s))
     root = s[:keep].sqrt()
-    return Factors(A=root[:, None] * (vt[:keep] @ right), B=(left @ u[:, :keep]) * root)
+    best = Factors(A=(root[:, None] * vt[:keep]) @ right, B=left @ (u[:, :keep] * root)).to(dtype)
+    size = float(s.norm())
+    return best, _distance(left, core, right, best.to(torch.float64)) / size if size > 0 else 0.0
+
+
+def _distance(left: Tensor, core: Tensor, right: Tensor, other: Factors) -> float:
+    """|left·core·right − B·A|_F, exact also where it is far below the norms.
+
+    With B = left·X + E and A = Y·right + F, the parts E and F being orthogonal to the bases, the
+    difference falls into four orthogonal parts, whose squares add up:
+    |core − X·Y|² + |X·F|² + |E·Y|² + |E·F|².
+    """
+    x, y = left.T @ other.B, other.A @ right.T
+    e, f = other.B - left @ x, other.A - y @ right
+    ee, ff = e.T @ e, f @ f.T
+    parts = (x.T @ x) * ff + ee * (y @ y.T) + ee * ff
+    return math.sqrt(float((core - x @ y).square().sum() + parts.sum()))
 
 
 def _smallest_rank(s: Tensor, tolerance: float) -> int:

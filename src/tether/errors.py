@@ -19,6 +19,7 @@ TetherError
 |   |-- BaseMismatchError        a base weight is not the one the adapter was made on
 |   |-- HookNotFiredError        a site's forward was never called
 |   |-- RowsError                a batch whose rows cannot be told apart at a site
+|   |-- UntrackedError           how a live peft adapter started is not known
 |   |-- MergedError              an adapter is merged into the base's weights
 |   |-- TiedWeightError          a weight that is another module's too cannot be merged into
 |   |-- OffloadedError           the adapter's factors are not on the model
@@ -29,7 +30,8 @@ TetherError
 |   |-- TruncatedFileError       it ends too early
 |   |-- HeaderError              its header is malformed or too large
 |   |-- DigestError              its bytes are not the ones that were written
-|   `-- UnsupportedAdapterError  it holds something that tether cannot represent
+|   |-- UnsupportedAdapterError  it holds something that tether cannot represent
+|   `-- RescueError              what was given does not tell its initial factors
 |-- DataError                    training text that cannot be used
 |-- ModelError                   a model that cannot be found or read
 |-- MissingExtraError            an optional dependency is not installed
@@ -116,6 +118,10 @@ class RowsError(AttachError):
     """A batch whose rows cannot be told apart at a site."""
 
 
+class UntrackedError(AttachError):
+    """How a live peft adapter started is not known, and so what training changed."""
+
+
 class MergedError(AttachError):
     """An adapter is merged into the base's weights."""
 
@@ -158,6 +164,10 @@ class DigestError(FormatError):
 
 class UnsupportedAdapterError(FormatError):
     """An adapter that holds something tether cannot represent."""
+
+
+class RescueError(FormatError):
+    """The files given do not tell an adapter's initial factors, or not surely enough."""
 
 
 class DataError(TetherError):

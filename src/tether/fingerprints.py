@@ -10,7 +10,7 @@ from tether.errors import BaseMismatchError, MetaTensorError
 from tether.provenance import Fingerprint
 from tether.value import CHILD
 
-_CHUNK = 1 << 24  # values hashed at a time: bounds the extra memory
+_CHUNK = 1 << 18  # values hashed at a time: bounds the extra memory, and stays in the cache
 
 
 @torch.no_grad()

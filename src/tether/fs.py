@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from tether.errors import WriteError
 
@@ -89,6 +90,28 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
     """
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def new_file(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a new file for writing piece by piece, to be renamed into place by an atomic block.
+
+    Args:
+        path: of a file that is not there yet, or of the temporary one of an atomic block.
+
+    Returns:
+        the file; the caller closes it.
+    """
+    return open(path, "wb")
+
+
+def copy_file(source: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Copy a file's bytes, links followed, within an atomic block.
+
+    Args:
+        source: the file; only read.
+        path: of the copy.
+    """
+    shutil.copyfile(source, path)
 
 
 def append_line(path: str | os.PathLike[str], line: str) -> None:

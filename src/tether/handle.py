@@ -22,10 +22,12 @@ from tether.layers import (
     take_off,
     withdraw,
 )
+from tether.layers.record import to_shape
 from tether.memory import Memory, measure
+from tether.source import Source, of_adapter
 from tether.start import original
 from tether.switch import Share, quiet, set_active, set_shares
-from tether.value import Adapter
+from tether.value import CHILD, Adapter, Trained
 
 
 class Handle:
@@ -120,6 +122,34 @@ class Handle:
         """
         self._check_attached()
         return offload.snapshot(self.model, self.name)
+
+    def source(self) -> Source:
+        """The adapter now, to be read site by site. Changes nothing in the model.
+
+        Returns:
+            a source whose values are copied from the model when they are asked for.
+
+        Raises:
+            DetachedError: the adapter was detached.
+            FormatError: it is offloaded to a file that is missing, damaged or another one.
+        """
+        if self.record.parked is not None:
+            return of_adapter(self.snapshot())
+        self._check_attached()
+        carrying = carriers(self.model, self.name)
+        live = {_part(module, self.name).path: module for module in carrying}
+
+        def parameter(path: str, name: str) -> Trained:
+            with originals(self.model):
+                value: Trained = _part(live[path], self.name).parameter(live[path], name)
+                return value
+
+        return Source(
+            about=offload.snapshot(self.model, self.name, to_shape),
+            layer=lambda path: _part(live[path], self.name).value(),
+            bias=lambda path: _part(live[path], self.name).bias(),
+            module=parameter,
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the adapter now to a native file. Changes nothing in the model.
@@ -292,6 +322,11 @@ def handles(model: nn.Module) -> dict[str, Handle]:
     """
     found = layers_of(model)
     return {name: Handle(model, name, layers) for name, layers in found.items()}
+
+
+def _part(module: nn.Module, name: str) -> Any:
+    """An adapter's layer on a module that carries it."""
+    return getattr(module, CHILD)[name]
 
 
 def _adder(fired: set[str], path: str) -> Callable[..., None]:

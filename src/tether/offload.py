@@ -28,6 +28,7 @@ from tether.layers import (
     set_budget,
     share_anchors,
 )
+from tether.layers.record import Take, to_value
 from tether.memory import measure, readable, users
 from tether.start import original
 from tether.value import CHILD, Adapter
@@ -35,12 +36,13 @@ from tether.value import CHILD, Adapter
 _LOG = logging.getLogger("tether")
 
 
-def snapshot(model: nn.Module, name: str) -> Adapter:
+def snapshot(model: nn.Module, name: str, take: Take = to_value) -> Adapter:
     """An attached adapter now, as a value; also an offloaded one. Changes nothing.
 
     Args:
         model: that carries it.
         name: of the adapter.
+        take: how to copy a tensor.
 
     Returns:
         copies on the CPU, float32 (float64 if attached so).
@@ -56,11 +58,11 @@ def snapshot(model: nn.Module, name: str) -> Adapter:
     for module in modules:
         layer = getattr(module, CHILD)[name]
         if isinstance(layer, SiteLayer):
-            layers[layer.path] = layer.value()
+            layers[layer.path] = layer.value(take)
         if isinstance(layer, ModuleLayer):
             with originals(model):
-                states[layer.path] = layer.state(module)
-        elif (bias := layer.bias()) is not None:
+                states[layer.path] = layer.state(module, take)
+        elif (bias := layer.bias(take)) is not None:
             biases[layer.path] = bias
     return Adapter(
         layers=layers,

@@ -61,6 +61,10 @@ OPTIONS = {
     "--layers": ("lora.layers_to_transform", [1]),
     "--rank-pattern": ("lora.rank_pattern", {"q_proj": 2}),
     "--alpha-pattern": ("lora.alpha_pattern", {"q_proj": 5.0}),
+    "--dora": ("lora.use_dora", True),
+    "--bias": ("lora.bias", "none"),
+    "--save-module": ("lora.modules_to_save", ["model.norm"]),
+    "--after": ("lora.after_save", "detach"),
     "--steps": ("steps", 1),
     "--epochs": ("epochs", 2.0),
     "--learning-rate": ("learning_rate", 0.003),
@@ -105,6 +109,12 @@ def test_every_option_reaches_the_run(model_folder, text_file, tmp_path):
     covered = {name for name, _ in wanted.values()}
     assert {field.name for field in fields(Settings)} <= covered | {"model", "data", "lora"}
     assert {f"lora.{field.name}" for field in fields(tether.LoraConfig)} <= covered | {"lora.seed"}
+
+
+def test_a_bias_setting_reaches_the_model(model_folder, text_file, tmp_path):
+    result = invoke("train", model_folder, "--data", text_file, "--out", tmp_path, "--bias", "all")
+    assert result.exit_code == 2
+    assert "bias='all': no such module of the model has a bias" in result.stderr
 
 
 def test_without_a_model_and_data_it_is_a_first_look_at_the_default(

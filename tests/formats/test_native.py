@@ -188,10 +188,8 @@ def test_the_header_is_the_documented_one(tmp_path):
     sealed = "".join(metadata[key] + "\0" for key in ("version", "adapter", "digests"))
     assert hashlib.sha256(sealed.encode()).hexdigest() == metadata["digest"]
     header = json.loads(metadata["adapter"])
-    assert set(header) == {"config", "provenance", "targets", "excluded", "layers"} | {
-        "biases",
-        "modules",
-    }
+    lists = ("targets", "excluded", "layers")
+    assert set(header) == {"config", "provenance", *lists, "biases", "modules"}
     assert header["layers"] == [
         {
             "path": "layers.0.up",
@@ -201,6 +199,7 @@ def test_the_header_is_the_documented_one(tmp_path):
             "scaling": 0.5,
             "dropout": 0.125,
             "anchored": True,
+            "magnitude": None,
         },
         {
             "path": "head",
@@ -210,8 +209,10 @@ def test_the_header_is_the_documented_one(tmp_path):
             "scaling": 1.0,
             "dropout": 0.0,
             "anchored": False,
+            "magnitude": None,
         },
     ]
+    assert header["biases"] == header["modules"] == {}
     assert header["config"] == {"rank": 2}
     assert header["targets"] == ["up", "head"]
     assert header["excluded"] == ["vision.up"]

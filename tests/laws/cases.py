@@ -1,6 +1,7 @@
 """What the laws are tested over: every method, three dtypes, eight families of weights."""
 
 import dataclasses
+import operator
 import random
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 import tether
 from tether import methods
+from tether.value import Trained
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (1e-2, 1e-4, 1e-3, 1e-1, 1.0)  # relative to the start; the first is tried first
@@ -28,6 +30,16 @@ DRAWN = st.fixed_dictionaries(
         "dropout": st.sampled_from((0.5, 0.0)),
         "size": st.sampled_from(SIZES),
     }
+)
+DRAWN_WITH_WHOLES = st.builds(
+    operator.or_,
+    DRAWN,
+    st.fixed_dictionaries(
+        {
+            "use_dora": st.sampled_from((True, False)),
+            "bias": st.sampled_from(("lora_only", "none", "all")),
+        }
+    ),
 )
 
 
@@ -77,6 +89,8 @@ class Case:
     use_rslora: bool
     dropout: float
     size: float
+    use_dora: bool = False
+    bias: str = "none"
 
     def model(self) -> Bases:
         generator = torch.Generator().manual_seed(self.seed)
@@ -100,6 +114,8 @@ class Case:
                 "dropout": self.dropout,
                 "target_modules": ["linear", "embedding"],
                 "seed": self.seed,
+                "use_dora": self.use_dora,
+                "bias": self.bias,
             }
             | changes
         )
@@ -113,14 +129,19 @@ class Case:
             typical = typical if typical > 1e-6 else 1.0  # a start at zero, up to rounding
             return moving + self.size * typical * torch.randn(moving.shape, generator=generator)
 
+        def moved_whole(value: Trained) -> Trained:
+            return Trained(move(value.trainable, value.anchor), value.anchor)
+
         layers = {}
         for path, layer in adapter.layers.items():
             start = layer.trainable if layer.anchor is None else layer.anchor
             trainable = tether.Factors(
                 move(layer.trainable.A, start.A), move(layer.trainable.B, start.B)
             )
-            layers[path] = dataclasses.replace(layer, trainable=trainable)
-        return dataclasses.replace(adapter, layers=layers)
+            magnitude = layer.magnitude and moved_whole(layer.magnitude)
+            layers[path] = dataclasses.replace(layer, trainable=trainable, magnitude=magnitude)
+        biases = {path: moved_whole(bias) for path, bias in adapter.biases.items()}
+        return dataclasses.replace(adapter, layers=layers, biases=biases)
 
     def trained(self, model: nn.Module, **settings: object) -> tether.Handle:
         """The moved adapter, attached."""
@@ -128,11 +149,12 @@ class Case:
         return tether.attach(model, adapter, **settings)
 
 
-def law(examples: int = 2, **fixed: object):
+def law(examples: int = 2, wholes: bool = False, **fixed: object):
     """Run a test for every method, dtype and family, on drawn ranks, scalings and sizes.
 
     Args:
         examples: how many are drawn for each.
+        wholes: whether to draw DoRA and trained biases too.
         **fixed: fields of Case that are not drawn.
     """
 
@@ -141,7 +163,7 @@ def law(examples: int = 2, **fixed: object):
         @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
         @pytest.mark.parametrize("method", methods.names())
         @settings(PROFILE, max_examples=examples)
-        @given(drawn=DRAWN)
+        @given(drawn=DRAWN_WITH_WHOLES if wholes else DRAWN)
         def run(method, dtype, family, drawn):
             smaller = min(FAMILIES[family](torch.Generator()).shape)
             drawn = drawn | {"rank": 1 + (1 + drawn["rank"]) % smaller} | fixed
@@ -165,7 +187,7 @@ def state_of(model: nn.Module) -> dict[str, object]:
         **dict(model.named_buffers()),
     }
     return {
-        "random": (bits(torch.get_rng_state()), random.getstate(), str(np.random.get_state())),
+        "random": (bits(torch.get_rng_state()), random.getstate(), _numpy_state()),
         "keys": list(model.state_dict()),
         **{
             name: (
@@ -184,15 +206,35 @@ def state_of(model: nn.Module) -> dict[str, object]:
     }
 
 
+def _numpy_state() -> tuple[object, ...]:
+    name, keys, *rest = np.random.get_state()
+    return name, keys.tobytes(), *rest
+
+
 def factors_of(adapter: tether.Adapter) -> dict[str, Tensor]:
     """Every tensor of an adapter, by name."""
-    return {
+    found = {
         f"{path}.{kind}.{name}": getattr(factors, name)
         for path, layer in adapter.layers.items()
         for kind, factors in (("trainable", layer.trainable), ("anchor", layer.anchor))
         if factors is not None
         for name in ("A", "B")
     }
+    for name, value in wholes_of(adapter).items():
+        found[f"{name}.trainable"] = value.trainable
+        if value.anchor is not None:
+            found[f"{name}.anchor"] = value.anchor
+    return found
+
+
+def wholes_of(adapter: tether.Adapter) -> dict[str, Trained]:
+    """What is trained whole: magnitudes, biases and parameters of modules, by name."""
+    magnitudes = {
+        f"{path}.magnitude": layer.magnitude
+        for path, layer in adapter.layers.items()
+        if layer.magnitude is not None
+    }
+    return magnitudes | dict(adapter.trained_whole)
 
 
 def truth(layer: tether.LayerAdapter) -> Tensor:

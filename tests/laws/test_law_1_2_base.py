@@ -12,7 +12,7 @@ def outputs(model, batch):
     return [bits(output) for output in model(*batch)]
 
 
-@law()
+@law(wholes=True)
 def test_init_and_attach_leave_the_base_alone_and_start_as_the_base(case):
     model, batch = case.model(), case.batch()
     before, base = state_of(model), outputs(model, batch)
@@ -30,13 +30,14 @@ def test_init_and_attach_leave_the_base_alone_and_start_as_the_base(case):
     handle.detach()
 
 
-@law()
+@law(wholes=True)
 def test_detach_restores_everything_and_disabled_is_always_the_base(case):
     model, batch = case.model(), case.batch()
     model.embedding.weight.requires_grad_(False)
     before, base = state_of(model), outputs(model, batch)
     handle = case.trained(model)
-    assert [p.requires_grad for p in model.parameters()].count(True) == 4
+    trained = 4 + 2 * case.use_dora + (case.bias != "none")
+    assert [p.requires_grad for p in model.parameters()].count(True) == trained
     live = outputs(model.eval(), batch)
     for block in (handle.disabled, lambda: tether.reference(model), lambda: tether.only(model)):
         with block():

@@ -10,7 +10,7 @@ from laws.cases import bits, factors_of, law, state_of
 from tether import algebra
 
 
-@law(examples=1)
+@law(examples=1, wholes=True)
 def test_saving_converting_and_measuring_change_nothing(case):
     model, batch = case.model(), case.batch()
     handle = case.trained(model)
@@ -38,7 +38,7 @@ def test_saving_converting_and_measuring_change_nothing(case):
     assert {name: bits(tensor) for name, tensor in factors_of(adapter).items()} == values
 
 
-@law(examples=1)
+@law(examples=1, wholes=True)
 def test_a_snapshot_shares_nothing_with_the_model(case):
     model = case.model()
     handle = case.trained(model)

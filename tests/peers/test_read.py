@@ -160,10 +160,6 @@ REFUSED = {
     "pissa_niter": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4'"),
     "olora": ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora'"),
     "lora_ga": ({"init_lora_weights": "lora_ga"}, "init_lora_weights is 'lora_ga'"),
-    "dora": ({"use_dora": True}, "use_dora=True"),
-    "bias": ({"bias": "all"}, "bias='all'"),
-    "bias of lora": ({"bias": "lora_only"}, "bias='lora_only'"),
-    "whole modules": ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']"),
     "tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices=[1, 2]"),
     "invocation": (
         {"alora_invocation_tokens": [1], "task_type": "CAUSAL_LM"},

@@ -42,6 +42,10 @@ _LORA = {
     "layers": "layers_to_transform",
     "rank_pattern": "rank_pattern",
     "alpha_pattern": "alpha_pattern",
+    "dora": "use_dora",
+    "bias": "bias",
+    "save_module": "modules_to_save",
+    "after": "after_save",
 }
 _WRITTEN = (runs.ADAPTER, runs.LORA, runs.CHECKPOINT, runs.METRICS, runs.RUN)
 _NOT_SETTINGS = {"out_dir", "verify", "resume", "overwrite", "json_", "debug", *_LORA}
@@ -84,6 +88,15 @@ def command(
     alpha_pattern: Annotated[
         list[str] | None, typer.Option(help="NAME=ALPHA for some modules; repeatable.")
     ] = None,
+    dora: Annotated[bool, typer.Option("--dora", help="Train the rows' lengths too.")] = False,
+    bias: Annotated[str, typer.Option(help="Biases to train: none, lora_only, all.")] = "none",
+    save_module: Annotated[
+        list[str] | None, typer.Option(help="Module to train whole; repeatable.")
+    ] = None,
+    after: Annotated[
+        str,
+        typer.Option(help="The live adapter once lora/ is written: keep, offload, detach."),
+    ] = "keep",
     steps: Annotated[
         int | None,
         typer.Option(

@@ -2,7 +2,10 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -30,11 +33,30 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         TruncatedFileError: it ends before its header says.
         HeaderError: the header is malformed, or larger than 64 MiB.
     """
+    with opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, file.metadata() or {}
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Open a safetensors file whose header has been checked, and name every error in it.
+
+    Args:
+        path: of the file.
+
+    Yields:
+        the file as safetensors opens it.
+
+    Raises:
+        PickleRefusedError: it is a pickle.
+        TruncatedFileError: it ends before its header says.
+        HeaderError: the header is malformed, or larger than 64 MiB.
+    """
     _check_start(path)
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return tensors, file.metadata() or {}
+            yield file
     except (SafetensorError, ValueError, KeyError, AttributeError) as error:
         text = str(error)
         if "MetadataIncompleteBuffer" in text or "incomplete metadata" in text:

@@ -5,7 +5,8 @@ What tether cannot represent is refused by name; nothing is dropped.
 
 import math
 import re
-from collections.abc import Mapping
+import shlex
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,14 +25,13 @@ from tether.fingerprints import fingerprint_tensor
 from tether.formats import container, peft_parts
 from tether.formats import peft_names as names
 from tether.formats.pattern import first_match
+from tether.formats.peft_residual import refuse_residual
 from tether.linalg import check_finite
 from tether.provenance import Provenance
 from tether.value import Adapter, Factors, Json, LayerAdapter, Layout, Trained
 
 _MAX_CONFIG = 4 * 2**20  # bytes of adapter_config.json
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Starts whose B·A is zero: the factors in the file act on the base itself.
-_PLAIN_INITS = (True, False, "gaussian", "orthogonal", "eva", "mica")
 # Fields that are read, or that say nothing about what the tensors mean. Any other field that is
 # set is refused: it may change the model.
 _UNDERSTOOD = frozenset(
@@ -67,31 +67,43 @@ def load(folder: Path) -> Adapter:
         UnsupportedAdapterError: it holds something that would be lost, by name.
         HeaderError: a file is malformed.
     """
-    config = _read_config(folder)
-    _refuse_unsupported(folder, config)
-    weights = folder / names.WEIGHTS
-    if not weights.is_file():
-        if (folder / names.PICKLED_WEIGHTS).exists():
-            raise PickleRefusedError(
-                f"{folder / names.PICKLED_WEIGHTS}: is a pickle; reading it can run code, so it is "
-                "refused. Where you trust it, load it with torch.load(…, weights_only=True) and "
-                f"write it with safetensors.torch.save_file as {names.WEIGHTS}."
-            )
-        raise NotAnAdapterError(
-            f"{weights}: there is no such file. Give the whole folder of a PEFT adapter."
-        )
+    config = read_config(folder)
+    refuse_residual(folder, config)
+    refuse_unsupported(folder, config)
+    weights = weights_file(folder)
     tensors, _ = container.read(weights)
+    return assemble(weights, config, tensors)
+
+
+def assemble(weights: Path, config: dict[str, Json], tensors: Mapping[str, Tensor]) -> Adapter:
+    """The adapter that a file's tensors and settings make.
+
+    Args:
+        weights: of the file, for messages.
+        config: the settings.
+        tensors: all of the file's, or those of some sites; on the meta device to learn the shapes
+            alone, without reading a value.
+
+    Returns:
+        a plain adapter, float32.
+
+    Raises:
+        UnsupportedAdapterError: it holds something that would be lost, by name.
+        HeaderError: tensors and settings do not fit together.
+    """
     try:
         parts = peft_parts.sort(config, tensors)
         base = parts.base
         layers = _with_magnitudes(_decode(weights, config, parts.factors), parts.magnitudes, config)
         targets, excluded = _targets(config, layers)
         _check_copies(base, layers)
-        prints = {site: fingerprint_tensor(t) for site, t in base.items() if t.dtype in _DTYPES}
+        copies = {site: t for site, t in base.items() if t.dtype in _DTYPES and not t.is_meta}
         return Adapter(
             layers=layers,
             provenance=Provenance(
-                method="unknown", base_model=_base_model(config), fingerprints=prints
+                method="unknown",
+                base_model=_base_model(config),
+                fingerprints={site: fingerprint_tensor(t) for site, t in copies.items()},
             ),
             targets=targets,
             excluded=excluded,
@@ -104,7 +116,19 @@ def load(folder: Path) -> Adapter:
         raise UnsupportedAdapterError(f"{weights}: {error}") from error
 
 
-def _read_config(folder: Path) -> dict[str, Json]:
+def read_config(folder: Path) -> dict[str, Json]:
+    """Read the settings of a PEFT LoRA.
+
+    Args:
+        folder: of the adapter.
+
+    Returns:
+        field -> value.
+
+    Raises:
+        NotAnAdapterError: there are none, or it is not a LoRA.
+        HeaderError: they are malformed.
+    """
     path = folder / names.CONFIG
     if not path.is_file():
         raise NotAnAdapterError(
@@ -124,17 +148,50 @@ def _read_config(folder: Path) -> dict[str, Json]:
     return config
 
 
-def _refuse_unsupported(folder: Path, config: dict[str, Json]) -> None:
-    init = config.get("init_lora_weights", True)
-    if init not in _PLAIN_INITS:
-        raise UnsupportedAdapterError(
-            f"{folder}: init_lora_weights is {init!r}: these factors belong to a residual model, "
-            "not to the base, and without the initial factors their change cannot be told. Save "
-            "the adapter as plain LoRA where it was trained "
-            "(peft: save_pretrained(…, path_initial_model_for_weight_conversion=…))."
+def weights_file(folder: Path) -> Path:
+    """The file that holds a PEFT adapter's tensors.
+
+    Args:
+        folder: of the adapter.
+
+    Returns:
+        its path.
+
+    Raises:
+        PickleRefusedError: the weights are a .bin.
+        NotAnAdapterError: there are none.
+    """
+    weights = folder / names.WEIGHTS
+    if weights.is_file():
+        return weights
+    pickled = folder / names.PICKLED_WEIGHTS
+    if pickled.exists():
+        line = (
+            "import sys, torch, safetensors.torch as s; s.save_file({k: v.contiguous().clone() "
+            "for k, v in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])"
         )
+        raise PickleRefusedError(
+            f"{pickled}: is a pickle; reading it can run code, so it is refused. Convert it with: "
+            f'python -c "{line}" {shlex.quote(str(pickled))} {shlex.quote(str(weights))}'
+        )
+    raise NotAnAdapterError(
+        f"{weights}: there is no such file. Give the whole folder of a PEFT adapter."
+    )
+
+
+def refuse_unsupported(folder: Path, config: dict[str, Json], also: Collection[str] = ()) -> None:
+    """Refuse settings that change the model and that tether does not read.
+
+    Args:
+        folder: of the adapter.
+        config: its settings.
+        also: fields that the caller reads.
+
+    Raises:
+        UnsupportedAdapterError: naming the field.
+    """
     for field, value in config.items():
-        if value and field not in _UNDERSTOOD:
+        if value and field not in _UNDERSTOOD and field not in also:
             raise UnsupportedAdapterError(
                 f"{folder}: it was trained with {field}={value!r}, which a plain LoRA cannot hold; "
                 "reading it without would change the model."
@@ -155,7 +212,8 @@ def _decode(
             raise ConfigError(f"site {site!r} has two factors {side}.")
         pair[side] = tensor.to(torch.float32, copy=True)
         # After the cast: float64 holds more than float32.
-        check_finite(pair[side], f"{where}: tensor {key!r} in float32")
+        if not tensor.is_meta:
+            check_finite(pair[side], f"{where}: tensor {key!r} in float32")
         if embedding:
             embeddings.add(site)
     layers, transposed = {}, _flag(config, "fan_in_fan_out")

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from tether.errors import ConfigError, UnsupportedAdapterError
 from tether.formats import peft_names as names
 from tether.formats.card import model_card
 from tether.linalg import check_finite
-from tether.value import Adapter, Factors, Json, LayerAdapter
+from tether.value import Adapter, Factors, Json, LayerAdapter, Trained
 
 DTYPES = {t: str(t).removeprefix("torch.") for t in (torch.float32, torch.bfloat16, torch.float16)}
 
@@ -48,24 +48,10 @@ def save(
     tensors: dict[str, Tensor] = {}
     for site, layer in canonical(adapter, dtype).items():
         tensors |= layer_tensors(site, layer)
-    tensors |= whole_tensors(adapter, dtype)
+    tensors |= {key: whole_tensor(key, value, dtype) for key, value in whole_keys(adapter)}
     with fs.atomic_directory(path, names.FILES) as folder:
-        write_into(folder, adapter, tensors, dtype)
-
-
-def write_into(
-    folder: Path, adapter: Adapter, tensors: Mapping[str, Tensor], dtype: torch.dtype
-) -> None:
-    """Write the three files of the folder.
-
-    Args:
-        folder: empty, not yet in its place.
-        adapter: plain.
-        tensors: of the weights' file.
-        dtype: of them.
-    """
-    save_file(dict(tensors), folder / names.WEIGHTS, {"format": "pt"})
-    write_description(folder, adapter, dtype)
+        save_file(tensors, folder / names.WEIGHTS, {"format": "pt"})
+        write_description(folder, adapter, dtype)
 
 
 def write_description(folder: Path, adapter: Adapter, dtype: torch.dtype) -> None:
@@ -166,30 +152,64 @@ def layer_tensors(site: str, layer: LayerAdapter) -> dict[str, Tensor]:
     return found | {stem + names.A: a, stem + names.B: b}
 
 
-def whole_tensors(adapter: Adapter, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Trained biases and whole modules under PEFT's keys: the values themselves.
+def whole_keys(adapter: Adapter) -> Iterator[tuple[str, Trained]]:
+    """Trained biases and whole modules under PEFT's keys.
 
     Args:
         adapter: anchored or plain.
-        dtype: of the tensors.
+
+    Yields:
+        (key, parameter); the file holds the parameter's `current` value.
+    """
+    for path, bias in adapter.biases.items():
+        yield bias_key(adapter, path), bias
+    for path, state in adapter.modules.items():
+        yield from ((module_key(path, name), value) for name, value in state.items())
+
+
+def bias_key(adapter: Adapter, path: str) -> str:
+    """PEFT's key of a trained bias.
+
+    Args:
+        adapter: its factors are not read.
+        path: of the module.
 
     Returns:
-        key -> tensor.
+        the key.
+    """
+    return names.PREFIX + path + (names.SITE_BIAS if path in adapter.layers else names.BIAS)
+
+
+def module_key(path: str, name: str) -> str:
+    """PEFT's key of a parameter of a whole module.
+
+    Args:
+        path: of the module.
+        name: of the parameter in it.
+
+    Returns:
+        the key.
+    """
+    return f"{names.PREFIX}{path}.{name}"
+
+
+def whole_tensor(key: str, value: Trained, dtype: torch.dtype) -> Tensor:
+    """A parameter trained whole as it is written.
+
+    Args:
+        key: for the message.
+        value: with or without an anchor.
+        dtype: of the file.
+
+    Returns:
+        the parameter itself.
 
     Raises:
-        NonFiniteError: a value does not fit `dtype`.
+        NonFiniteError: it does not fit `dtype`.
     """
-    found = {}
-    for path, bias in adapter.biases.items():
-        ending = names.SITE_BIAS if path in adapter.layers else names.BIAS
-        found[names.PREFIX + path + ending] = bias.current
-    for path, state in adapter.modules.items():
-        for name, value in state.items():
-            found[f"{names.PREFIX}{path}.{name}"] = value.current
-    for key, tensor in found.items():
-        found[key] = tensor.to(dtype).contiguous()
-        check_finite(found[key], f"{key} in {DTYPES[dtype]}")
-    return found
+    tensor = value.current.to(dtype).contiguous()
+    check_finite(tensor, f"{key} in {DTYPES[dtype]}")
+    return tensor
 
 
 def _auto_mapping(adapter: Adapter) -> dict[str, Json] | None:

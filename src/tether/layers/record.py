@@ -1,6 +1,6 @@
 """What the layers of one adapter on one model share, and what every layer is."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,3 +197,19 @@ def to_value(tensor: Tensor) -> Tensor:
     whole: Tensor = tensor if gather is None else gather()
     wide = torch.promote_types(whole.dtype, torch.float32)
     return whole.detach().to("cpu", wide, copy=True)
+
+
+def to_shape(tensor: Tensor) -> Tensor:
+    """What `to_value` would give, but zeros that take no memory.
+
+    Args:
+        tensor: of the live model.
+
+    Returns:
+        one zero on the CPU, seen as often as the shape needs.
+    """
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.zeros((), dtype=wide).expand(tensor.shape)
+
+
+Take = Callable[[Tensor], Tensor]  # to_value, or to_shape

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tether.layers.dora import stretch
-from tether.layers.record import Holder, Layer, Record, contiguous_copy, to_value
+from tether.layers.record import Holder, Layer, Record, Take, contiguous_copy, to_value
 from tether.linalg import check_finite
 from tether.value import Factors, LayerAdapter, Layout, Trained
 
@@ -125,32 +125,38 @@ class SiteLayer(Layer):
         """Whether the site's bias is trained."""
         return "db" in self._parameters
 
-    def value(self) -> LayerAdapter:
+    def value(self, take: Take = to_value) -> LayerAdapter:
         """The layer now, as a value: float32 (or float64) copies on the CPU.
+
+        Args:
+            take: how to copy a tensor.
 
         Returns:
             a layer that shares nothing with the model.
         """
-        a, b = (to_value(self.held(name)) for name in self.names)
+        a, b = (take(self.held(name)) for name in self.names)
         anchor = None
         if self.anchor is not None:
-            anchor = Factors(*(to_value(self.anchor.held(name)) for name in ("A0", "B0")))
+            anchor = Factors(*(take(self.anchor.held(name)) for name in ("A0", "B0")))
         magnitude = None
         if self.dora:
-            magnitude = Trained(to_value(self.held("dm")), to_value(self.held("m0")))
+            magnitude = Trained(take(self.held("dm")), take(self.held("m0")))
         return LayerAdapter(
             Factors(a, b), anchor, self.scaling, self.layout, self.dropout, magnitude
         )
 
-    def bias(self) -> Trained | None:
+    def bias(self, take: Take = to_value) -> Trained | None:
         """The site's bias now, as a value.
+
+        Args:
+            take: how to copy a tensor.
 
         Returns:
             copies on the CPU, or None if it is not trained.
         """
         if not self.biased:
             return None
-        return Trained(to_value(self.held("db")), to_value(self.held("b0")))
+        return Trained(take(self.held("db")), take(self.held("b0")))
 
     def forward(self, module: nn.Module, x: Tensor, output: Tensor, base: Tensor) -> Tensor:
         """The output with this adapter's change added.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from tether.layers.record import Layer, Record, contiguous_copy, to_value
+from tether.layers.record import Layer, Record, Take, contiguous_copy, to_value
 from tether.value import Trained
 
 
@@ -35,13 +35,16 @@ class BiasLayer(Layer):
         self.add("db", contiguous_copy(bias.trainable, wide))
         self.register_buffer("b0", contiguous_copy(bias.anchor, wide))
 
-    def bias(self) -> Trained:
+    def bias(self, take: Take = to_value) -> Trained:
         """The bias now, as a value.
+
+        Args:
+            take: how to copy a tensor.
 
         Returns:
             copies on the CPU.
         """
-        return Trained(to_value(self.held("db")), to_value(self.held("b0")))
+        return Trained(take(self.held("db")), take(self.held("b0")))
 
     def forward(self, module: nn.Module, output: Tensor) -> Tensor:
         """The output with the bias's displacement added.
@@ -87,19 +90,31 @@ class ModuleLayer(Layer):
         """
         yield from zip(self.keys, self._parameters.values(), strict=True)
 
-    def state(self, module: nn.Module) -> dict[str, Trained]:
+    def state(self, module: nn.Module, take: Take = to_value) -> dict[str, Trained]:
         """The parameters now, as values.
 
         Args:
             module: the base module, which holds the anchor.
+            take: how to copy a tensor.
 
         Returns:
             parameter name -> copies on the CPU.
         """
-        return {
-            key: Trained(to_value(self.held(name)), to_value(module.get_parameter(key)))
-            for key, name in zip(self.keys, self._parameters, strict=True)
-        }
+        return {name: self.parameter(module, name, take) for name in self.keys}
+
+    def parameter(self, module: nn.Module, name: str, take: Take = to_value) -> Trained:
+        """One parameter now, as a value.
+
+        Args:
+            module: the base module, which holds the anchor.
+            name: of the parameter.
+            take: how to copy a tensor.
+
+        Returns:
+            copies on the CPU.
+        """
+        own = dict(zip(self.keys, self._parameters, strict=True))
+        return Trained(take(self.held(own[name])), take(module.get_parameter(name)))
 
     def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """What the module gives with its parameters moved; its own output at the start.

@@ -224,10 +224,11 @@ def execute(run: Run, stop: Callable[[], bool] = lambda: False) -> None:
         )
     run.model.eval()
     run.save()
-    with run.reporter.task("Writing the plain LoRA"):
-        save_as_lora(run.handle, run.out / LORA)
     if not run.stopped:
         run.losses["adapter"] = _evaluate_once(run)
+    # Last: it may take the adapter off the model (LoraConfig.after_save).
+    with run.reporter.task("Writing the plain LoRA"):
+        save_as_lora(run.handle, run.out / LORA)
     run.describe("interrupted" if run.stopped else "finished")
 
 
