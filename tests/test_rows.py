@@ -172,6 +172,17 @@ def test_a_module_with_several_inputs_cannot_be_trained_whole_by_row():
         model(torch.randn(2, 4))
 
 
+def test_a_module_that_turns_its_input_cannot_be_trained_whole_by_row():
+    class Turn(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).transpose(0, 1)
+
+    model = nn.Sequential(nn.Linear(4, 4), Turn(4, 4))
+    moved(model, "a", target_modules=["0"], modules_to_save=["1"])
+    with rows(model, ["a", None]), pytest.raises(RowsError, match=r"site '1': 3 rows here, 2 "):
+        model[1](torch.randn(3, 2, 4))
+
+
 class Experts(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -217,6 +228,12 @@ def test_blocks_nest_and_restore_also_after_an_error(tiny_llama):
         with tether.reference(model):
             assert bits(logits(model)) == base
         a.verify({"input_ids": IDS[:2]})
+        activate(model, "b")
+        all_b = bits(logits(model))
+    with tether.only(model, "b"):
+        assert bits(logits(model)) == all_b
+    assert state(model) == before
+    with rows(model, NAMES):
         with pytest.raises(RowsError), rows(model, ["a", "b"]):
             logits(model)
         assert bits(logits(model)) == mixed
