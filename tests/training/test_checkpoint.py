@@ -13,6 +13,7 @@ from tether.errors import (
     DigestError,
     FormatError,
     HeaderError,
+    OffloadedError,
     PickleRefusedError,
     TruncatedFileError,
     WriteError,
@@ -54,6 +55,15 @@ def test_before_the_first_step_there_are_no_moments(live, tmp_path):
     assert not other.optimizer.state
     assert run.train(examples(8), until=2) == other.train(examples(8), until=2)
     assert same(run, other)
+
+
+def test_an_offloaded_adapter_is_not_saved_empty(saved):
+    path, run = saved
+    before = path.read_bytes()
+    run.handle.offload("cpu")
+    with pytest.raises(OffloadedError, match=r"Call handle\.restore\(\) first"):
+        checkpoint.save(path, run.handle, run.optimizer, 2)
+    assert path.read_bytes() == before
 
 
 def test_saving_changes_nothing(saved):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tether import fs
-from tether.errors import DigestError, HeaderError
+from tether.errors import DigestError, HeaderError, OffloadedError
 from tether.formats import container
 from tether.formats.native import digest, digest_texts
 from tether.handle import Handle
@@ -31,7 +31,13 @@ def save(path: Path, handle: Handle, optimizer: torch.optim.AdamW, step: int) ->
 
     Raises:
         WriteError: it cannot be written; the older checkpoint stays.
+        OffloadedError: the factors are not on the model.
     """
+    if handle.offloaded:
+        raise OffloadedError(
+            f"adapter {handle.name!r} is offloaded: its factors are not on the model to be saved. "
+            "Call handle.restore() first."
+        )
     tensors = {"rng.cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
