@@ -104,12 +104,14 @@ def _guest(model: nn.Module, value: Adapter, name: str) -> Iterator[None]:
     """Only this value on the model within the block."""
     taken = layers_of(model)
     guest = next(f"{name}-{n}" for n in range(len(taken) + 1) if f"{name}-{n}" not in taken)
-    handle = attach(model, value, guest, trainable=False, verify=False)
-    try:
-        with only(model, guest):
-            yield
-    finally:
-        handle.detach()
+    # The others must not take part: two that train one module whole are refused.
+    with only(model):
+        handle = attach(model, value, guest, trainable=False, verify=False)
+        try:
+            with only(model, guest):
+                yield
+        finally:
+            handle.detach()
 
 
 def _run(model: nn.Module, batch: Any) -> Any:
