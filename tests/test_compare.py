@@ -117,7 +117,7 @@ def test_a_shorter_rank_leaves_the_error_that_the_reduction_reports():
     a = layer(4, rank=3)
     cut = algebra.compress(a, rank=2)
     found = compare(adapter({"w": a}), adapter({"w": cut.layer})).sites["w"]
-    assert found.error == cut.error
+    assert found.error == pytest.approx(cut.error, rel=1e-6)
     assert found.error > 0.01
     # The part that is left is orthogonal to the part that is cut: cos² + error² = 1.
     assert found.cosine**2 + found.error**2 == pytest.approx(1.0, abs=1e-6)

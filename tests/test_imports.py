@@ -19,6 +19,7 @@ ORDER = (
     "value",
     "algebra",
     "combine",
+    "compare",
     "fingerprints",
     "methods",
     "sites",

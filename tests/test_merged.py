@@ -46,12 +46,24 @@ def random(shape, size, seed):
 
 def moved(adapter, size=0.1):
     """The same adapter after some training."""
+
+    def shifted(name, value):
+        if value is None:
+            return None
+        return replace(value, trainable=random(value.trainable.shape, size, len(name)))
+
     layers = {}
     for seed, (path, layer) in enumerate(adapter.layers.items()):
         a, b = layer.trainable.A.shape, layer.trainable.B.shape
         shift = Factors(random(a, size, 2 * seed), random(b, size, 2 * seed + 1))
-        layers[path] = replace(layer, trainable=shift)
-    return replace(adapter, layers=layers)
+        lengths = shifted(path, layer.magnitude)
+        layers[path] = replace(layer, trainable=shift, magnitude=lengths)
+    biases = {path: shifted(path, bias) for path, bias in adapter.biases.items()}
+    modules = {
+        path: {name: shifted(path + name, value) for name, value in state.items()}
+        for path, state in adapter.modules.items()
+    }
+    return replace(adapter, layers=layers, biases=biases, modules=modules)
 
 
 def made(model, *targets, size=0.1, **settings):
@@ -129,6 +141,31 @@ def test_the_merged_model_gives_the_logits_of_the_live_one(
         assert set(names) <= set(there.shards[file])
         for name in names:
             assert torch.equal(here.tensor(name), there.tensor(name)) == (name not in changed)
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "settings"),
+    [
+        ("llama", ["all-linear"], {"use_dora": True}),
+        ("llama", ["q_proj", "embed_tokens"], {"use_dora": True}),
+        ("gpt2", ["c_attn", "c_proj"], {"use_dora": True, "bias": "lora_only"}),
+        ("gpt2", ["c_fc"], {"bias": "all", "modules_to_save": ["ln_f"]}),
+        ("llama", ["q_proj"], {"modules_to_save": ["lm_head", "norm"]}),
+        ("llama", ["q_proj"], {"modules_to_save": ["embed_tokens"]}),
+    ],
+)
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_dora_biases_and_modules_trained_whole_as_the_live_model_has_them(
+    tiny_llama, tmp_path, family, targets, settings, stored
+):
+    model = (tiny_llama() if family == "llama" else gpt2()).to(stored)
+    adapter = made(model, *targets, **settings)
+    base = saved(model, tmp_path / "base")
+    save_merged(base, adapter, tmp_path / "out", dtype=torch.float32)
+    wide = loaded(base)
+    wanted = live_logits(wide, adapter)
+    assert (wanted - logits(wide)).abs().max() > 5e-3
+    assert (logits(loaded(tmp_path / "out")) - wanted).abs().max() < 5e-6
 
 
 KINDS = {
@@ -344,6 +381,36 @@ def test_the_head_of_every_family_that_is_untied_has_that_name():
     assert others == {"WhisperForCausalLM", "TrOCRForCausalLM"}
 
 
+def test_which_tensors_are_the_vocabularys(tiny_llama, tmp_path):
+    """A layer may be as wide as the vocabulary; an embedding is told by its name too."""
+    wide = tiny_llama(intermediate_size=32)
+    base, adapter = saved(wide, tmp_path / "base"), made(wide, "up_proj")
+    assert not save_merged(base, adapter, tmp_path / "out").untied
+    retold(base, vocab_size=None)
+    assert save_merged(base, made(wide, "embed_tokens"), tmp_path / "out2").untied
+    # Another table with a row for each token: what it may be tied to is not known.
+    retold(base, vocab_size=32)
+    tensors = load_file(base / "model.safetensors")
+    save_file(tensors | {"model.prior.weight": torch.ones(32, 16)}, base / "model.safetensors")
+    prior = {"model.prior": {"weight": Trained(torch.zeros(32, 16), None)}}
+    with pytest.raises(UnsupportedModuleError, match=r"changes 'model\.prior\.weight'"):
+        save_merged(base, replace(adapter, modules=prior), tmp_path / "out3")
+
+
+def test_the_metadata_that_transformers_wants_and_the_same_bytes_each_time(tiny_llama, tmp_path):
+    model = tiny_llama()
+    base, adapter = saved(model, tmp_path / "base"), made(model, "q_proj")
+    own = {"by": "é", **{f"key {n}": f"{n}" for n in range(9)}}
+    save_file(load_file(base / "model.safetensors"), base / "model.safetensors", own)
+    written = set()
+    for number in range(5):
+        save_merged(base, adapter, tmp_path / f"out{number}")
+        metadata = Checkpoint.open(tmp_path / f"out{number}").metadata
+        assert metadata == {"model.safetensors": {"format": "pt", **own}}
+        written.add(tuple(digests(tmp_path / f"out{number}").items()))
+    assert len(written) == 1
+
+
 def retold(folder, **changes):
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))
@@ -504,7 +571,7 @@ def test_another_dtype_for_all_floating_tensors(tiny_llama, tmp_path, stored, dt
     retold(base, torch_dtype="float64", vision_config={"dtype": "float64", "width": 3})
     save_merged(base, adapter, tmp_path / "out", dtype=dtype)
     merged = load_file(tmp_path / "out/model.safetensors")
-    assert merged.pop("steps").tolist() == [7]
+    assert torch.equal(merged.pop("steps"), tensors["steps"])
     assert {tensor.dtype for tensor in merged.values()} == {dtype}
     for name, tensor in merged.items():
         layer = adapter.layers.get(name.removesuffix(".weight"))

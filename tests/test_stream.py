@@ -52,11 +52,12 @@ def same(left, right):
 
 @pytest.mark.parametrize("order", [list(TENSORS), list(reversed(TENSORS)), sorted(TENSORS)])
 def test_every_reader_gets_the_same_bits_whatever_the_order(order, tmp_path):
-    path = write(tmp_path / "a", order=order, metadata={"format": "pt", "é": '"'}, room=40)
+    metadata = {"format": "pt", "é": '"'}
+    path = write(tmp_path / "a", order=order, metadata=metadata, room=40)
     same(load_file(path), TENSORS)
-    tensors, metadata = container.read(path)
+    tensors, found = container.read(path)
     same(tensors, TENSORS)
-    assert metadata == {"format": "pt", "é": '"'}
+    assert found == metadata
     with safe_open(path, framework="pt") as file:
         assert file.get_slice("wide").get_shape() == [3, 4]
     assert path.read_bytes() == write(tmp_path / "b", metadata=metadata, room=40).read_bytes()

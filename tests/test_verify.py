@@ -113,7 +113,8 @@ def test_a_file_that_differs_is_not_published(tiny_llama, tmp_path, monkeypatch)
 def test_other_adapters_on_the_model_do_not_disturb_the_check(tiny_llama, tmp_path):
     model = tiny_llama().eval()
     first, _ = trained(model)
-    second, _ = trained(model, name="default-0")
+    with tether.only(model):
+        second, _ = trained(model, name="default-0")
     with tether.only(model, "default"):
         report = tether.save_as_lora(second, tmp_path / "lora", verify=BATCH)
         assert (first.active, second.active) == (True, False)

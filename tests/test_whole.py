@@ -349,6 +349,22 @@ def test_a_frozen_adapter_is_frozen_in_all_its_parts_and_trains_no_base():
     assert all(p.grad is None for p in handle.parameters())
 
 
+def test_a_base_trains_on_under_a_frozen_adapter_of_any_kind():
+    """Its gradients are those of the changed parameters: none is lost on the way."""
+    net, x = make("linear")
+    adapter = moved(tether.attach(net, config(bias="all", modules_to_save=("head",)))).detach()
+    state = {
+        name: value.float().requires_grad_() for name, value in changed_state(net, adapter).items()
+    }
+    bare, _ = make("linear")
+    torch.func.functional_call(bare, state, (x,)).square().sum().backward()
+    tether.attach(net, adapter, trainable=False)
+    net(x).square().sum().backward()
+    for name, value in state.items():
+        found = net.get_parameter(name).grad
+        torch.testing.assert_close(found, value.grad, rtol=1e-4, atol=1e-4, msg=name)
+
+
 def test_a_snapshot_of_biases_and_modules_shares_nothing_with_the_model():
     net, _ = make("linear")
     handle = moved(tether.attach(net, config(**ALL)))

@@ -7,9 +7,10 @@ The initial factors are frozen (the anchor), the displacement is trained, the ba
 
 from importlib.metadata import version as _version
 
-from tether import combine
+from tether import combine as combine
 from tether.algebra import to_lora
 from tether.attach import attach
+from tether.compare import Comparison, compare
 from tether.config import LoraConfig
 from tether.conversion import ConversionReport
 from tether.errors import TetherError
@@ -33,6 +34,7 @@ __version__ = _version("tether")
 
 __all__ = [
     "Adapter",
+    "Comparison",
     "ConversionReport",
     "Factors",
     "Fingerprint",
@@ -46,7 +48,7 @@ __all__ = [
     "Trained",
     "activate",
     "attach",
-    "combine",
+    "compare",
     "fingerprint",
     "handles",
     "init",

@@ -104,8 +104,8 @@ def _guest(model: nn.Module, value: Adapter, name: str) -> Iterator[None]:
     """Only this value on the model within the block."""
     taken = layers_of(model)
     guest = next(f"{name}-{n}" for n in range(len(taken) + 1) if f"{name}-{n}" not in taken)
-    # The others must not take part: two that train one module whole are refused.
-    with only(model):
+    # Not beside the live adapter: two cannot train one module whole at a time.
+    with reference(model):
         handle = attach(model, value, guest, trainable=False, verify=False)
         try:
             with only(model, guest):

@@ -20,8 +20,9 @@ from torch import nn
 
 import tether
 from tether.errors import MetaTensorError
-from tether.formats import native, peft_write
+from tether.formats import native
 from tether.integrations import smollm2
+from tether.stream import TensorWriter
 from tether.training import log
 from tether.training.loop import Step
 from training.files import everything
@@ -131,8 +132,11 @@ def full_disk_in_safetensors(folder: Path, patch: pytest.MonkeyPatch) -> None:
         path.write_bytes(b"half")
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
-    for module in (native, peft_write):
-        patch.setattr(module, "save_file", save)
+    def write(self: TensorWriter, name: str, tensor: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    patch.setattr(native, "save_file", save)
+    patch.setattr(TensorWriter, "write", write)
 
 
 SITE = "model.layers.1.mlp.up_proj"

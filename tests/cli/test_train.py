@@ -112,7 +112,8 @@ def test_every_option_reaches_the_run(model_folder, text_file, tmp_path):
 
 
 def test_a_bias_setting_reaches_the_model(model_folder, text_file, tmp_path):
-    result = invoke("train", model_folder, "--data", text_file, "--out", tmp_path, "--bias", "all")
+    options = ("--out", tmp_path, *SHORT, "--bias", "all")
+    result = invoke("train", model_folder, "--data", text_file, *options)
     assert result.exit_code == 2
     assert "bias='all': no such module of the model has a bias" in result.stderr
 

@@ -31,7 +31,11 @@ def test_saving_converting_and_measuring_change_nothing(case):
     assert report.path == plain
     tether.to_lora(adapter, tolerance=0.3)
     for layer in adapter.layers.values():
-        algebra.delta(layer), algebra.norm(layer), algebra.anchor_norm(layer)
+        (
+            algebra.delta(layer, torch.ones(layer.trainable.shape)),
+            algebra.norm(layer),
+            algebra.anchor_norm(layer),
+        )
     tether.fingerprint(model), tether.handles(model), repr(handle)
     handle.verify({"x": batch[0], "ids": batch[1]})
     assert state_of(model) == before

@@ -13,6 +13,7 @@ from tether.linalg import check_finite
 from tether.value import Json, Trained
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MAX_NAMES = 4096
 _BIAS = ("none", "lora_only", "all")
 
 
@@ -104,17 +105,24 @@ def _settings(config: Mapping[str, Json]) -> tuple[str, list[str]]:
     )
     if not plain:
         raise ConfigError(f"modules_to_save is {saved!r}, not a list of module names.")
-    return str(bias), [str(name) for name in saved]  # type: ignore[union-attr]
+    assert isinstance(saved, list)
+    if len(saved) > _MAX_NAMES:
+        raise ConfigError(f"modules_to_save has {len(saved)} names; at most {_MAX_NAMES} are read.")
+    return str(bias), [str(name) for name in saved]
 
 
 def _saved_module(path: str, saved: list[str]) -> str | None:
-    """The shortest beginning of a path that a name of modules_to_save selects."""
-    components = path.split(".")
-    for end in range(1, len(components)):
-        module = ".".join(components[:end])
-        if any(_ends(module, name) for name in saved):
-            return module
-    return None
+    """The shortest beginning of a path that a name of modules_to_save selects.
+
+    Time is names times length: a path may have any number of components.
+    """
+    ends = []
+    for name in saved:
+        if path.startswith(name + "."):
+            ends.append(len(name))
+        elif (place := path.find(f".{name}.")) >= 0:
+            ends.append(place + 1 + len(name))
+    return path[: min(ends)] if ends else None
 
 
 def _ends(path: str, name: str) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor
 from tether.errors import (
     ConfigError,
     HeaderError,
+    NonFiniteError,
     NotAnAdapterError,
     PickleRefusedError,
     ShapeMismatchError,
@@ -92,7 +93,7 @@ def assemble(weights: Path, config: dict[str, Json], tensors: Mapping[str, Tenso
         HeaderError: tensors and settings do not fit together.
     """
     try:
-        parts = peft_parts.sort(config, tensors)
+        parts = _sorted(weights, config, tensors)
         base = parts.base
         layers = _with_magnitudes(_decode(weights, config, parts.factors), parts.magnitudes, config)
         targets, excluded = _targets(config, layers)
@@ -114,6 +115,15 @@ def assemble(weights: Path, config: dict[str, Json], tensors: Mapping[str, Tenso
         raise HeaderError(f"{weights}: {error} {container.DAMAGED}") from error
     except UnsupportedAdapterError as error:
         raise UnsupportedAdapterError(f"{weights}: {error}") from error
+
+
+def _sorted(
+    weights: Path, config: dict[str, Json], tensors: Mapping[str, Tensor]
+) -> peft_parts.Parts:
+    try:
+        return peft_parts.sort(config, tensors)
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{weights}: {error}") from error
 
 
 def read_config(folder: Path) -> dict[str, Json]:

@@ -146,7 +146,8 @@ class _Work:
 
     def write_shard(self, path: Path, names: tuple[str, ...], metadata: Mapping[str, str]) -> None:
         """Write one file."""
-        kept = {"format": "pt", **metadata}
+        # Sorted: safetensors gives them in any order, and the same merge is the same bytes.
+        kept = dict(sorted({"format": "pt", **metadata}.items()))
         shapes = {name: self._base.shape(self._source(name)) for name in names}
         specs = {name: (self._dtype_of(name), shape) for name, shape in shapes.items()}
         with TensorWriter(path, specs, len(json.dumps(kept))) as writer:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from tether.errors import BaseMismatchError
 from tether.linalg import check_finite
 from tether.value import Factors, LayerAdapter, Layout, Trained
 
-_BLOCK = 1 << 20  # values
+_BLOCK = 1 << 18  # values: some MiB in all, and they stay in the cache
 
 # Views of the weight and of the result; the values to write there; what they are changed by.
 _Blocks = Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]
@@ -88,14 +88,8 @@ def _site_blocks(weight: Tensor, result: Tensor, layer: LayerAdapter, work: torc
         part, every = slice(start, start + step), slice(None)
         rows, cols = (every, part) if columns else (part, every)
         wide = old[rows, cols].to(work)
-        delta = algebra.delta(_part(layer, rows, cols, work))
-        wanted = wide + delta
-        if layer.magnitude is not None:
-            lengths = torch.linalg.vector_norm(wanted, dim=1, keepdim=True)
-            m = layer.magnitude.current[rows, None].to(work)
-            wanted *= m / lengths.clamp_min(torch.finfo(work).tiny)
-            delta = wanted - wide
-        yield old[rows, cols], new[rows, cols], wanted, delta
+        delta = algebra.delta(_part(layer, rows, cols, work), wide)
+        yield old[rows, cols], new[rows, cols], wide + delta, delta
 
 
 def _part(layer: LayerAdapter, rows: slice, cols: slice, work: torch.dtype) -> LayerAdapter:
@@ -104,10 +98,16 @@ def _part(layer: LayerAdapter, rows: slice, cols: slice, work: torch.dtype) -> L
     def cut(factors: Factors) -> Factors:
         return Factors(factors.A[:, cols].to(work), factors.B[rows].to(work))
 
-    trainable = cut(layer.trainable)
-    anchor = None if layer.anchor is None else cut(layer.anchor)
-    layout = Layout("linear", trainable.shape)
-    return replace(layer, trainable=trainable, anchor=anchor, layout=layout, magnitude=None)
+    trainable, magnitude = cut(layer.trainable), layer.magnitude
+    if magnitude is not None:
+        magnitude = Trained(magnitude.current[rows].to(work), None)
+    return LayerAdapter(
+        trainable=trainable,
+        anchor=None if layer.anchor is None else cut(layer.anchor),
+        scaling=layer.scaling,
+        layout=Layout("linear", trainable.shape),
+        magnitude=magnitude,
+    )
 
 
 def _trained_blocks(
