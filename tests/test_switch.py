@@ -255,6 +255,19 @@ def test_adapters_that_would_replace_each_other_do_not_take_part_together(one, o
         assert active(model) == {"a"}
 
 
+def test_a_module_trained_whole_twice_is_refused_at_the_latest_when_it_runs():
+    model = nn.Sequential(nn.Sequential(nn.Linear(6, 6)), nn.Linear(6, 6))
+    tether.attach(model, whole("1"), "a")
+    with tether.only(model):
+        tether.attach(model, whole("1"), "b")
+        assert model(X).shape == (3, 6)
+    assert active(model) == {"a", "b"}
+    with pytest.raises(ConfigError, match=r"module '1' is trained whole by adapter 'b', and would"):
+        model(X)
+    activate(model, "b")
+    assert model(X).shape == (3, 6)
+
+
 def test_a_module_beside_one_of_a_longer_name_is_no_part_of_it():
     model = nn.ModuleDict({"up": nn.Linear(6, 6), "upper": nn.Linear(6, 6), "x": nn.Linear(6, 6)})
     tether.attach(model, LoraConfig(rank=2, target_modules="x", modules_to_save=["up"]), "a")

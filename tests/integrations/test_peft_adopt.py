@@ -121,6 +121,19 @@ def test_adapters_that_are_off_stay_off(untied: Make) -> None:
         assert distance(logits(handle.model), on) < 1e-6
 
 
+def test_two_that_train_one_module_whole(untied: Make) -> None:
+    """They cannot take part together, in peft neither; both come along."""
+    model = wrap(untied(), True, modules_to_save=["lm_head"])
+    add(model, "b", True, modules_to_save=["lm_head"])
+    track(model)
+    train(model)
+    wanted = logits(model)
+    handle = adopt(model)
+    found = tether.handles(handle.model)
+    assert {name: each.active for name, each in found.items()} == {"default": True, "b": False}
+    assert distance(logits(handle.model), wanted) < 1e-5
+
+
 def test_the_base_is_free_again(untied: Make, folder: Path) -> None:
     model = wrap(untied())
     handle = adopt(model, base=folder)

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from tether.errors import RowsError
+from tether.errors import ConfigError, RowsError
 from tether.layers.record import Layer, Record, Rows
 from tether.layers.site import SiteLayer
 from tether.layers.whole import ModuleLayer
@@ -43,6 +43,12 @@ def apply_adapters(
         if layer.record.active and not layer.record.merged:
             rows = layer.record.rows
             if rows is None:
+                if isinstance(layer, ModuleLayer) and output is not base:
+                    raise ConfigError(
+                        f"module {layer.path!r} is trained whole by adapter {layer.record.name!r}, "
+                        "and would replace what another active adapter changes there. Let one of "
+                        "them take part at a time, with tether.activate or tether.only."
+                    )
                 output = _apply(layer, module, args, kwargs, output, base)
             else:
                 output = _apply_to_rows(layer, module, args, kwargs, output, base, rows)

@@ -213,6 +213,8 @@ def _attach(
     required = {key: parameter.requires_grad for key, parameter in before.items()}
     handle = attach(live.base, value, name, anything, dtype=dtype, verify=False)
     undo.callback(handle.detach)
+    # Two may train one module whole; which take part is said when all are on the model.
+    handle.record.active = False
     pairs = []
     for key, parameter in handle.named_parameters():
         if trainable is None:
