@@ -9,7 +9,7 @@ import torch
 import tether
 from laws.cases import bits, state_of
 from tether import LoraConfig, export
-from tether.errors import ConfigError, VerificationError
+from tether.errors import ConfigError, MergedError, VerificationError
 
 BATCH = {"input_ids": torch.arange(24).view(2, 12) % 32}
 
@@ -169,6 +169,31 @@ def test_detaching_afterwards_leaves_the_base(tiny_llama, tmp_path):
     assert tether.handles(model) == {}
     assert state_of(model) == before
     assert torch.equal(logits(model), base)
+
+
+def test_offloading_a_merged_adapter_is_refused_before_anything_is_written(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6))
+    handle = tether.attach(model, LoraConfig(rank=2, target_modules=["0"]))
+    tether.merge(model, "default")
+    with pytest.raises(MergedError, match=r"tether\.unmerge\(model, 'default'\) first"):
+        tether.save_as_lora(handle, tmp_path / "lora", after="offload")
+    assert list(tmp_path.iterdir()) == []
+    assert tether.save_as_lora(handle, tmp_path / "lora").after == "keep"
+
+
+def test_offloading_afterwards_frees_the_factors_and_brings_them_back(tiny_llama, tmp_path):
+    model = tiny_llama().eval()
+    base = logits(model)
+    handle, _ = trained(model)
+    live = logits(model)
+    report = tether.save_as_lora(
+        handle, tmp_path / "lora", after="offload", offload_to=tmp_path / "parked.safetensors"
+    )
+    assert report.after == "offload"
+    assert all(parameter.numel() == 0 for parameter in handle.parameters())
+    assert torch.equal(logits(model), base)
+    handle.restore()
+    assert torch.equal(logits(model), live)
 
 
 def test_a_refused_file_keeps_the_adapter(tiny_llama, tmp_path):

@@ -139,8 +139,9 @@ def _make_layers(
         if path not in layers:
             layers[path] = BiasLayer(path, bias, record, dtype)
     for path, state in value.modules.items():
-        if path in layers:
-            raise ShapeMismatchError(f"module {path!r} is adapted and trained whole at once.")
+        twice = next((p for p in layers if f"{p}.".startswith(f"{path}.")), None)
+        if twice is not None:
+            raise ShapeMismatchError(f"module {path!r} is trained whole, and {twice!r} by itself.")
         layers[path] = ModuleLayer(path, _bind(named, path, state, verify), record, dtype)
     for path, layer in layers.items():
         layer.to(next(named[path].parameters()).device)

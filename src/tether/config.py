@@ -202,11 +202,11 @@ def plan(model: nn.Module, config: LoraConfig) -> list[Plan]:
     """
     layers = config.layers_to_transform
     layers = (layers,) if isinstance(layers, int) else layers
-    exclude = list(config.exclude_modules)
+    found = sites.find(model, config.target_modules, config.exclude_modules, layers)
     if sites.ALL_LINEAR in config.target_modules:
         # A module is adapted or trained whole, not both; "all" means all others.
-        exclude += whole.saved_modules(model, config.modules_to_save)
-    found = sites.find(model, config.target_modules, exclude, layers)
+        saved = tuple(f"{p}." for p in whole.saved_modules(model, config.modules_to_save))
+        found = [site for site in found if not f"{site.path}.".startswith(saved)]
     paths = [site.path for site in found]
     _check_patterns("rank_pattern", config.rank_pattern, paths)
     _check_patterns("alpha_pattern", config.alpha_pattern, paths)

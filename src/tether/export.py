@@ -12,7 +12,7 @@ from tether import algebra, fs
 from tether import verify as verifying
 from tether.config import AFTER
 from tether.conversion import ConversionReport, SiteReport, Verification, error_curve
-from tether.errors import ConfigError, NonFiniteError
+from tether.errors import ConfigError, MergedError, NonFiniteError
 from tether.formats import peft_names, peft_write
 from tether.handle import Handle
 from tether.source import Source, of_adapter, sketch
@@ -128,6 +128,11 @@ def _after(about: Adapter, handle: Handle | None, after: str | None) -> str:
             raise ConfigError(f"after={after!r} needs a live adapter of tether's: give a handle.")
         return "keep"
     wanted = about.config.get("after_save", "keep") if after is None else after
+    if wanted == "offload" and handle.merged:
+        raise MergedError(
+            f"adapter {handle.name!r} is merged into the base and cannot be offloaded. Call "
+            f"tether.unmerge(model, {handle.name!r}) first, or save with after='keep'."
+        )
     if wanted not in AFTER:
         raise ConfigError(f"after must be one of {', '.join(AFTER)}, not {wanted!r}.")
     return str(wanted)

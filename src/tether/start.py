@@ -49,6 +49,7 @@ def init(
             progress(done, len(plans))
     modules = whole.modules(model, config.modules_to_save, list(layers))
     targets, excluded = sites.short_targets(model, list(layers))
+    excluded = tuple(sorted({*excluded, *whole.mistaken(model, list(modules))}))
     return Adapter(
         layers=layers,
         provenance=Provenance(

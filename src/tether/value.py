@@ -202,7 +202,8 @@ class Adapter:
         config: the settings it was made with, as JSON values.
         targets: module names that select these sites in the base model (the shortest suffixes
             that do), for files of other libraries; none for the paths themselves.
-        excluded: module names that `targets` select besides, to be left out.
+        excluded: module names that `targets`, or the paths of `modules` read as endings, select
+            besides; to be left out.
         biases: module path -> its trained bias.
         modules: module path -> parameter name -> the parameter, for modules trained whole
             (`modules_to_save`).

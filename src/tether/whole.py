@@ -154,6 +154,20 @@ def modules(
     return found
 
 
+def mistaken(model: nn.Module, saved: Sequence[str]) -> list[str]:
+    """Modules that software which compares the ends of paths takes for one trained whole.
+
+    Args:
+        model: read only.
+        saved: paths of the modules trained whole.
+
+    Returns:
+        paths ("prenorm" beside "norm").
+    """
+    paths = [path for path, _ in sites.base_modules(model) if path not in saved]
+    return [path for path in paths if any(path.endswith(name) for name in saved)]
+
+
 def row_lengths(matrix: Tensor) -> Trained:
     """DoRA's magnitude at its start: the lengths of the rows of a weight.
 
@@ -193,7 +207,11 @@ def bind(name: str, value: Trained, base: Trained, verify: bool) -> Trained:
         )
     if value.anchor is None:
         return Trained(value.trainable - base.anchor, base.anchor)
-    if verify and not _same(value.anchor, base.anchor):
+    if not verify:
+        # On another base the displacement is taken from that base, as the factors' is.
+        close = torch.allclose(value.anchor, base.anchor.to(value.anchor), rtol=2**-8, atol=0)
+        return value if close else Trained(value.trainable, base.anchor)
+    if not _same(value.anchor, base.anchor):
         distance = float((value.anchor - base.anchor).abs().max())
         raise BaseMismatchError(
             f"{name}: the base's values differ by up to {distance:.3g} from those that the adapter "

@@ -116,17 +116,14 @@ def _saved_module(path: str, saved: list[str]) -> str | None:
 
     Time is names times length: a path may have any number of components.
     """
-    ends = []
-    for name in saved:
-        if path.startswith(name + "."):
-            ends.append(len(name))
-        elif (place := path.find(f".{name}.")) >= 0:
-            ends.append(place + 1 + len(name))
+    # PEFT takes every module whose path ends in the text, at any character.
+    places = ((path.find(f"{name}."), len(name)) for name in saved)
+    ends = [place + length for place, length in places if place >= 0]
     return path[: min(ends)] if ends else None
 
 
 def _ends(path: str, name: str) -> bool:
-    return path == name or path.endswith("." + name)
+    return path.endswith(name)
 
 
 def _trained(key: str, tensor: Tensor) -> Trained:

@@ -232,7 +232,8 @@ def check_expressible(adapter: Adapter) -> None:
     """
     for path in adapter.modules:
         # PEFT picks the modules whose path ends in the text, at any character.
-        hit = next((s for s in (*adapter.layers, *adapter.biases) if s.endswith(path)), None)
+        others = (*adapter.layers, *adapter.biases, *adapter.excluded)
+        hit = next((other for other in others if other.endswith(path)), None)
         if hit is not None:
             raise UnsupportedAdapterError(
                 f"module {path!r} of modules_to_save: PEFT would take {hit!r} for it, whose path "

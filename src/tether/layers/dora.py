@@ -49,5 +49,9 @@ def lengths(layer: "SiteLayer", matrix: Tensor) -> Tensor:
     left = layer.scaling * left
     # Wᵀ's own precision for the product with W: no wide copy of a half-precision weight.
     cross = (matrix @ right.T.to(matrix.dtype)).to(dtype)
-    square = layer.m0.square() + (left * (2 * cross + left @ (right @ right.T))).sum(dim=1)
-    return square.clamp_min(0).sqrt()
+    # In units of |w|: its square may leave the range of float32.
+    live = layer.m0 > 0
+    unit = torch.where(live, layer.m0, torch.ones_like(layer.m0))
+    left, cross = left / unit[:, None], cross / unit[:, None]
+    square = live.to(dtype) + (left * (2 * cross + left @ (right @ right.T))).sum(dim=1)
+    return unit * square.clamp_min(0).sqrt()

@@ -121,6 +121,8 @@ def hang(module: nn.Module, name: str, layer: Layer) -> None:
         module.register_forward_hook(apply_adapters, with_kwargs=True)
     adapters = getattr(module, CHILD)
     adapters[name] = layer
+    if isinstance(layer, ModuleLayer):
+        layer.bind(module)
     adapters.train(module.training)
 
 

@@ -98,7 +98,9 @@ class SiteLayer(Layer):
             return
         assert value.anchor is not None
         self.add(moved, contiguous_copy(value.trainable, dtype))
-        self.register_buffer(start, contiguous_copy(value.anchor, dtype))
+        # A bias's anchor is only kept for the value; lengths are computed with.
+        kept = value.anchor.dtype if start == "b0" else dtype
+        self.register_buffer(start, contiguous_copy(value.anchor, kept))
 
     def plain(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Two factors whose product is ΔW without s, and no large halves that cancel.
@@ -174,7 +176,9 @@ class SiteLayer(Layer):
         change = self._change(module, x)
         if self.dora:
             # g·(Wx + ΔWx) − Wx = (g − 1)·Wx + g·ΔWx, as its negative.
-            excess = self._spread(stretch(self, module.get_parameter("weight")))
+            weight = module.weight  # a parametrised one is no parameter
+            assert isinstance(weight, Tensor)
+            excess = self._spread(stretch(self, weight))
             bias = getattr(module, "bias", None)
             without = base if bias is None else base - self._spread(bias)
             change = (1 + excess) * change - excess * without.to(change.dtype)

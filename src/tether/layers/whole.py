@@ -33,7 +33,7 @@ class BiasLayer(Layer):
         assert bias.anchor is not None
         wide = torch.promote_types(dtype, torch.float32)
         self.add("db", contiguous_copy(bias.trainable, wide))
-        self.register_buffer("b0", contiguous_copy(bias.anchor, wide))
+        self.register_buffer("b0", contiguous_copy(bias.anchor, bias.anchor.dtype))
 
     def bias(self, take: Take = to_value) -> Trained:
         """The bias now, as a value.
@@ -57,7 +57,8 @@ class BiasLayer(Layer):
             output + db along its channels, rounded once to the output's dtype.
         """
         spatial = getattr(module, "kernel_size", ())
-        change = -self.record.weight * self.db.view(-1, *[1] * len(spatial))
+        db = self.db.view(-1, *[1] * len(spatial)) if spatial else self.db
+        change = -self.record.weight * db
         # As in SiteLayer: a change of zero leaves every bit.
         return (output - (change + 0.0)).to(output.dtype)
 
@@ -81,6 +82,14 @@ class ModuleLayer(Layer):
         self.keys = tuple(state)
         for number, value in enumerate(state.values()):
             self.add(f"d{number}", contiguous_copy(value.trainable, wide))
+
+    def bind(self, module: nn.Module) -> None:
+        """Remember the base module, without becoming its parent.
+
+        Args:
+            module: that carries this layer.
+        """
+        self.inner = (_Inner(module),)
 
     def trained(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The displacements, under the names of the parameters they move.
@@ -129,10 +138,10 @@ class ModuleLayer(Layer):
         """
         moved = {}
         for name, displacement in self.trained():
-            start = module.get_parameter(name).detach()
+            start = module.get_parameter(name)
             change = displacement * -self.record.weight + 0.0
             moved[f"inner.{name}"] = (start - change).to(start.dtype)
-        result: Tensor = functional_call(_Inner(module), moved, args, kwargs)
+        result: Tensor = functional_call(self.inner[0], moved, args, kwargs)
         return result
 
 
