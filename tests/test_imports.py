@@ -29,6 +29,7 @@ ORDER = (
     "fs",
     "formats",
     "checkpoint",
+    "cache",
     "stream",
     "source",
     "rescue",

@@ -33,6 +33,25 @@ class TruncatedSVD:
     backward_error: float
 
 
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """How good a truncated SVD is, as estimated with it.
+
+    Attributes:
+        route: "lanczos", "gram" or "dense".
+        product_error: estimated |U·S·Vt − W_r|_F / |W_r|_F.
+        excess: estimated |W − U·S·Vt|_F / |W − W_r|_F − 1.
+        unique: False if the cut lies inside a cluster of singular values.
+        fallback: why a faster route was given up, or "".
+    """
+
+    route: str
+    product_error: float
+    excess: float
+    unique: bool
+    fallback: str = ""
+
+
 def check_rank(weight: Tensor, rank: int) -> None:
     """Raise RankTooLargeError unless 1 <= rank <= min(weight.shape).
 

@@ -32,6 +32,12 @@ class Context:
 class Method(Protocol):
     """A frozen dataclass that is its own configuration.
 
+    Starts that lift are cached, see `tether.cache`. A method may have, besides, the class variables
+    `deterministic` (False): True if its start depends on weight, rank and scaling alone, neither on
+    the generator nor on the path; without it an entry holds for one seed only; and
+    `algorithm` (1): a number to be raised whenever the same weight gives another start than before.
+    See also `Nested`.
+
     Attributes:
         name: set by `register`.
         lifts: True if the start is taken from the weight, so that s·B0·A0 is not zero: it becomes
@@ -51,6 +57,25 @@ class Method(Protocol):
 
         Returns:
             A (rank, in) and B (out, rank): float32, contiguous, on the weight's device.
+        """
+        ...
+
+
+@runtime_checkable
+class Nested(Protocol):
+    """A method whose start of a small rank is a part of that of a larger one."""
+
+    def cut(self, factors: Factors, rank: int, was: float, scaling: float) -> Factors:
+        """The start of a smaller or equal rank and another scaling.
+
+        Args:
+            factors: a start of this method.
+            rank: 1 <= rank <= factors.rank.
+            was: the scaling that it was made with.
+            scaling: the scaling wanted.
+
+        Returns:
+            A (rank, in) and B (out, rank), contiguous, not sharing memory.
         """
         ...
 
