@@ -154,13 +154,6 @@ def read(path: Path, key: Key | None = None) -> Entry:
         NonFiniteError: a factor holds NaN or Inf.
         OSError: it cannot be read.
     """
-    try:
-        return _read(path, key)
-    except RecursionError as error:
-        raise HeaderError(f"{path}: its metadata is nested too deeply.") from error
-
-
-def _read(path: Path, key: Key | None) -> Entry:
     # A link is not followed: it may lead out of the cache, and what is there is no entry of ours.
     if not stat.S_ISREG(path.lstat().st_mode):
         raise NotAnAdapterError(f"{path}: is a folder, a link or a device, not an entry.")

@@ -106,15 +106,15 @@ class Key:
             )
         check_sha256(values["sha256"], where)
         if any(type(size) is not int for size in values["shape"]):
-            raise HeaderError(f"{where}: shape {values['shape']!r:.80}. {container.DAMAGED}")
+            raise HeaderError(f"{where}: the shape is not of whole numbers.")
         key = cls(text)
         try:
             canonical = _canonical(values) == text
             _ = key.layout
         except ConfigError as error:
-            raise HeaderError(f"{where}: {error} {container.DAMAGED}") from error
+            raise HeaderError(f"{where}: {error}") from error
         if not canonical:
-            raise HeaderError(f"{where}: is not canonical JSON. {container.DAMAGED}")
+            raise HeaderError(f"{where}: is not canonical JSON.")
         return key
 
     @property
@@ -208,7 +208,7 @@ def check_sha256(value: str, where: str) -> str:
         HeaderError: it is not.
     """
     if _SHA256.fullmatch(value) is None:
-        raise HeaderError(f"{where}: {value!r:.80} is no sha256. {container.DAMAGED}")
+        raise HeaderError(f"{where}: {value!r:.80} is no sha256.")
     return value
 
 
@@ -227,12 +227,10 @@ def table(value: Json, kinds: Mapping[str, tuple[type, ...]], where: str) -> dic
         HeaderError: a field is missing, of another type, or too many.
     """
     if not isinstance(value, dict) or set(value) != set(kinds):
-        raise HeaderError(f"{where}: has other fields than {list(kinds)}. {container.DAMAGED}")
+        raise HeaderError(f"{where}: has other fields than {list(kinds)}.")
     for name, kind in kinds.items():
         if type(value[name]) not in kind:
-            raise HeaderError(
-                f"{where}: {name!r} cannot be {value[name]!r:.80}. {container.DAMAGED}"
-            )
+            raise HeaderError(f"{where}: {name!r} cannot be of type {type(value[name]).__name__}.")
     return value
 
 
