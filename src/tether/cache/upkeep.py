@@ -132,11 +132,12 @@ def verify(folder: Path, remove: bool = False, progress: Progress | None = None)
     for done, file in enumerate(files, start=1):
         try:
             read(file.path)
-        except FileNotFoundError:
-            gone += 1  # another process pruned it
         except (OSError, TetherError) as error:
-            removed = remove and file.ordinary and _remove(file.path) is None
-            bad.append(Bad(file.path, str(error), removed))
+            if not os.path.lexists(file.path):
+                gone += 1  # another process pruned it
+            else:
+                removed = remove and file.ordinary and _remove(file.path) is None
+                bad.append(Bad(file.path, str(error), removed))
         if progress is not None:
             progress(done, len(files))
     return Verified(len(files) - gone, tuple(bad))
