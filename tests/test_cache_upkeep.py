@@ -111,6 +111,7 @@ def test_verify_finds_the_damaged_and_leaves_them(folder):
     raw = bytearray(paths[1].read_bytes())
     raw[-1] ^= 1
     paths[1].write_bytes(raw)
+    os.utime(paths[1], (NOW, NOW))
     before, calls = everything(folder), []
     found = cache.verify(folder, progress=lambda *call: calls.append(call))
     assert found.checked == 3
