@@ -1,5 +1,6 @@
 """What every test may use: a fixed random state and a small model."""
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -9,6 +10,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 # The tensors here are small: more threads only wait for each other.
 torch.set_num_threads(1)
+
+# No test reads or fills the user's own anchor cache; neither do the processes it starts.
+os.environ["TETHER_NO_CACHE"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -17,11 +17,17 @@ _RENAME_EXCHANGE = 2
 
 
 @contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_file(
+    path: str | os.PathLike[str], *, durable: bool = True, follow: bool = True
+) -> Iterator[Path]:
     """Write a file aside and rename it into place.
 
     Args:
         path: of the file; its folder is made if missing.
+        durable: flush it to the disk. Without, the file may be damaged after a power failure: for
+            what is checked when read, and can be made again.
+        follow: write to where a link of that name leads. Without, the link is replaced: for
+            folders that others may write to, who could lead the write elsewhere.
 
     Yields:
         a temporary path in the same folder, to be written within the block.
@@ -30,8 +36,8 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         WriteError: the disk is full, or the folder cannot be written; `path` is as it was.
     """
     with _named_errors(Path(path)):
-        target = _real(path)
-        if target.is_dir():
+        target = _real(path) if follow else _real(Path(path).parent) / Path(path).name
+        if target.is_dir() and not target.is_symlink():
             raise WriteError(f"{path}: is a folder; give the name of a file.")
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
@@ -40,9 +46,11 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.close(handle)
             yield temporary
             temporary.chmod(_default_mode(0o666))
-            _sync(temporary)
+            if durable:
+                _sync(temporary)
             temporary.replace(target)
-            _sync(target.parent)
+            if durable:
+                _sync(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -139,6 +147,35 @@ def remove(path: str | os.PathLike[str]) -> None:
     """
     with _named_errors(Path(path)):
         Path(path).unlink(missing_ok=True)
+
+
+def remove_empty(path: str | os.PathLike[str]) -> bool:
+    """Remove a folder if nothing is in it.
+
+    Args:
+        path: of the folder.
+
+    Returns:
+        True if it was removed.
+    """
+    try:
+        Path(path).rmdir()
+    except OSError:
+        return False
+    return True
+
+
+def touch(path: str | os.PathLike[str]) -> None:
+    """Set a file's time of change to now; a link is not followed.
+
+    Args:
+        path: of a file that is there.
+
+    Raises:
+        WriteError: it cannot be set.
+    """
+    with _named_errors(Path(path)):
+        os.utime(path, follow_symlinks=False)
 
 
 def make_directory(path: str | os.PathLike[str]) -> None:

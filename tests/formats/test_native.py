@@ -2,20 +2,24 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import tether
 from attacks.forge import small_adapter
 from laws.cases import bits, factors_of
 from tether import Adapter, Factors, LayerAdapter, Layout, Provenance, TetherError
-from tether.errors import NonFiniteError
+from tether.errors import HeaderError, NonFiniteError
 from tether.fingerprints import fingerprint_tensor
+from tether.linalg import Certificate
 
 EDGES = [0.0, -0.0, 1e-45, -1e-45, 1.1754942e-38, 3.4028235e38, -3.4028235e38, 1 / 3]
 
@@ -152,6 +156,10 @@ PROVENANCES = [
             "m": fingerprint_tensor(torch.ones(2, 2)),
             "é": fingerprint_tensor(torch.zeros(3, 1, dtype=torch.bfloat16)),
         },
+        certificates={
+            "m": Certificate("lanczos", 3.1e-6, 1e-13, unique=True),
+            "é": Certificate("dense", 6e-8, 0.0, unique=False, fallback="gram: 1e-4 ≥ 1e-5"),
+        },
     ),
 ]
 
@@ -226,7 +234,51 @@ def test_the_header_is_the_documented_one(tmp_path):
         "base_class": "transformers.LlamaForCausalLM",
         "learning_rate": 1e-3,
         "steps": 7,
+        "certificates": {},
     }
+
+
+def rewritten(path: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """The file with another header, its digests right."""
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata())
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    header = json.loads(metadata["adapter"])
+    change(header)
+    metadata["adapter"] = json.dumps(header)
+    sealed = "".join(metadata[key] + "\0" for key in ("version", "adapter", "digests"))
+    metadata["digest"] = hashlib.sha256(sealed.encode()).hexdigest()
+    save_file(tensors, path, metadata)
+    return path
+
+
+def test_a_file_of_before_the_certificates_is_read(tmp_path):
+    tether.save(small_adapter(), tmp_path / "a.safetensors")
+    path = rewritten(
+        tmp_path / "a.safetensors", lambda header: header["provenance"].pop("certificates")
+    )
+    assert tether.load(path).provenance == small_adapter().provenance
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"route": 3}, "'route' must be str"),
+        ({"fallback": "a\x1b[2J"}, "'fallback' is no plain text"),
+        ({"product_error": "small"}, "'product_error' must be float"),
+        ({"unique": 1}, "'unique' must be bool"),
+        ({"more": 1}, "'more' does not belong"),
+    ],
+)
+def test_a_certificate_that_is_none_is_refused(tmp_path, change, message):
+    origin = Provenance("pissa", certificates={"head": Certificate("dense", 0.5, 0.5, True)})
+    tether.save(replace(small_adapter(), provenance=origin), tmp_path / "a.safetensors")
+    path = rewritten(
+        tmp_path / "a.safetensors",
+        lambda header: header["provenance"]["certificates"]["head"].update(change),
+    )
+    with pytest.raises(HeaderError, match=message):
+        tether.load(path)
 
 
 def test_any_safetensors_reader_reads_the_tensors(tmp_path):

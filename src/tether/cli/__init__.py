@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tether.cli import anchors, combine, convert, evaluate, inspect, merge, train
+from tether.cli import anchors, cache, combine, convert, evaluate, inspect, merge, train
 from tether.cli.console import show_error
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 for _command in (train, anchors, evaluate, convert, combine, merge, inspect):
     app.command(_command.NAME)(_command.command)
+app.add_typer(cache.app, name=cache.NAME)
 
 
 def _show_version(wanted: bool) -> None:

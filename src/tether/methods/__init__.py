@@ -3,9 +3,9 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
-from tether.methods.base import Context, Method, get, method_settings, names, register
+from tether.methods.base import Context, Method, Nested, get, method_settings, names, register
 
-__all__ = ["Context", "Method", "get", "method_settings", "names", "register"]
+__all__ = ["Context", "Method", "Nested", "get", "method_settings", "names", "register"]
 
 for _module in iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")

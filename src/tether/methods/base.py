@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from tether.errors import ConfigError, UnknownMethodError, UnknownNameError, nearest
+from tether.linalg import Certificate
 from tether.value import Factors, Json
+
+
+def _forget(certificate: Certificate) -> None:
+    """Nobody wants to know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,16 +26,25 @@ class Context:
         scaling: s in ΔW = s·B·A.
         generator: for random numbers, on the CPU, seeded by the configuration's seed and the
             path: the same bits whatever the device and the order of the sites.
+        record: takes the certificate of the decomposition, to be kept in the provenance.
     """
 
     path: str
     scaling: float
     generator: torch.Generator
+    record: Callable[[Certificate], object] = _forget
 
 
 @runtime_checkable
 class Method(Protocol):
     """A frozen dataclass that is its own configuration.
+
+    Starts that lift are cached, see `tether.cache`. A method may have, besides, the class variables
+    `deterministic` (False): True if its start depends on weight, rank and scaling alone, neither on
+    the generator nor on the path; without it an entry holds for one seed only;
+    `algorithm` (1): a number to be raised whenever the same weight gives another start than before;
+    `any_dtype` (False): True if it takes a weight of any floating dtype, so that one in half
+    precision need not be copied to float32 whole. See also `Nested`.
 
     Attributes:
         name: set by `register`.
@@ -45,12 +59,32 @@ class Method(Protocol):
         """The initial factors of one site.
 
         Args:
-            weight: (out, in), float32, finite. Read, never written.
+            weight: (out, in), finite; float32, or of the base's dtype for a method of `any_dtype`.
+                Read, never written.
             rank: 1 <= rank <= min(out, in).
             context: path, scaling, generator.
 
         Returns:
             A (rank, in) and B (out, rank): float32, contiguous, on the weight's device.
+        """
+        ...
+
+
+@runtime_checkable
+class Nested(Protocol):
+    """A method whose start of a small rank is a part of that of a larger one."""
+
+    def cut(self, factors: Factors, rank: int, was: float, scaling: float) -> Factors:
+        """The start of a smaller or equal rank and another scaling.
+
+        Args:
+            factors: a start of this method.
+            rank: 1 <= rank <= factors.rank.
+            was: the scaling that it was made with.
+            scaling: the scaling wanted.
+
+        Returns:
+            A (rank, in) and B (out, rank), contiguous, not sharing memory.
         """
         ...
 

@@ -22,6 +22,7 @@ class Lora:
 
     name: ClassVar[str]
     lifts: ClassVar[bool] = False
+    any_dtype: ClassVar[bool] = True
 
     def start(self, weight: Tensor, rank: int, context: Context) -> Factors:
         """Draw A; B·A = 0.

@@ -6,6 +6,7 @@ Source: Büyükakyüz 2024, arXiv:2406.01775, algorithm 1.
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from tether import linalg
@@ -20,12 +21,14 @@ class OLoRA:
 
     name: ClassVar[str]
     lifts: ClassVar[bool] = True
+    deterministic: ClassVar[bool] = True
+    any_dtype: ClassVar[bool] = True
 
     def start(self, weight: Tensor, rank: int, context: Context) -> Factors:  # noqa: ARG002
         """Factor one weight.
 
         Args:
-            weight: (out, in), float32, finite.
+            weight: (out, in), any floating dtype, finite.
             rank: 1 <= rank <= min(out, in).
             context: not used; as in the paper, the scaling does not enter, so the part of W that
                 is lifted is scaling·Q_r·R_r.
@@ -35,3 +38,20 @@ class OLoRA:
         """
         q, r = linalg.leading_qr(weight, rank)
         return Factors(A=r, B=q)
+
+    def cut(self, factors: Factors, rank: int, was: float, scaling: float) -> Factors:  # noqa: ARG002
+        """The start of a smaller or equal rank and another scaling, see `methods.Nested`.
+
+        Args:
+            factors: a start of this method.
+            rank: 1 <= rank <= factors.rank.
+            was: not used.
+            scaling: not used; it does not enter.
+
+        Returns:
+            the first `rank` columns of Q and rows of R.
+        """
+        return Factors(
+            A=factors.A[:rank].clone(memory_format=torch.contiguous_format),
+            B=factors.B[:, :rank].clone(memory_format=torch.contiguous_format),
+        )

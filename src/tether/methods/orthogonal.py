@@ -28,6 +28,7 @@ class Orthogonal:
     std: float = 0.1
     name: ClassVar[str]
     lifts: ClassVar[bool] = False
+    any_dtype: ClassVar[bool] = True
 
     def start(self, weight: Tensor, rank: int, context: Context) -> Factors:
         """Draw both factors; B·A = 0 exactly.
