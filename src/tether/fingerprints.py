@@ -11,7 +11,6 @@ from tether.provenance import Fingerprint
 from tether.value import CHILD
 
 _CHUNK = 1 << 18  # values hashed at a time: bounds the extra memory, and stays in the cache
-_SMALLEST, _LARGEST = 1e-15, 1e18  # norms whose squares float32 holds
 
 
 @torch.no_grad()
@@ -32,7 +31,8 @@ def fingerprint_tensor(tensor: Tensor, sha256: str | None = None) -> Fingerprint
     square = 0.0
     # Row by row, so that neither digests nor norm depend on how the tensor lies in memory.
     for chunk in torch.split(tensor.detach().reshape(-1), _CHUNK):
-        square += _square(chunk)
+        exact = chunk.double()
+        square += float(torch.dot(exact, exact))
         for dtype, digest in digests.items():
             digest.update(raw_bytes(chunk.to(dtype)))
     found = {dtype: digest.hexdigest() for dtype, digest in digests.items()}
@@ -46,15 +46,6 @@ def fingerprint_tensor(tensor: Tensor, sha256: str | None = None) -> Fingerprint
         sha256_float16=found[torch.float16],
         norm=math.sqrt(square),
     )
-
-
-def _square(chunk: Tensor) -> float:
-    """The squared norm, good to 1e-7: in float32, where its squares are in range."""
-    if chunk.dtype != torch.float64:
-        norm = float(torch.linalg.vector_norm(chunk, dtype=torch.float32))
-        if _SMALLEST < norm < _LARGEST:
-            return norm**2
-    return float(chunk.double().square().sum())
 
 
 def fingerprint(model: nn.Module) -> dict[str, Fingerprint]:
