@@ -6,6 +6,7 @@ same weight in float32 give the same anchor. Results are float32.
 
 from tether.linalg.bottom import bottom_svd
 from tether.linalg.checks import check_finite, check_rank
+from tether.linalg.precision import full_precision
 from tether.linalg.qr import leading_qr
 from tether.linalg.top import CRITERIA, top_svd
 from tether.linalg.triplets import Certificate, TruncatedSVD
@@ -17,6 +18,7 @@ __all__ = [
     "bottom_svd",
     "check_finite",
     "check_rank",
+    "full_precision",
     "leading_qr",
     "top_svd",
 ]

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tether.linalg.checks import check_rank
+from tether.linalg.precision import full_precision
 from tether.linalg.tall import panels
 
 
@@ -25,7 +26,8 @@ def leading_qr(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     q = torch.linalg.qr(weight[:, :rank].double())[0].float().contiguous()
     r = torch.zeros(rank, weight.shape[1], device=weight.device)
     start = 0
-    for panel in panels(weight):  # of rows: a weight in half precision is never copied whole
-        r.addmm_(q[start : start + len(panel)].T, panel)
-        start += len(panel)
+    with full_precision():
+        for panel in panels(weight):  # of rows: one in half precision is never copied whole
+            r.addmm_(q[start : start + len(panel)].T, panel)
+            start += len(panel)
     return q, r

@@ -11,7 +11,8 @@ from tether.linalg.bottom import backward_error, gram_eigenvectors
 from tether.linalg.checks import check_rank
 from tether.linalg.estimate import CLUSTER, EPS, Estimate, Unseen, estimate
 from tether.linalg.lanczos import Apply, Lanczos
-from tether.linalg.tall import Tall
+from tether.linalg.precision import full_precision
+from tether.linalg.tall import Tall, fast_bfloat16
 from tether.linalg.triplets import Certificate, TruncatedSVD, finish
 
 CRITERIA = ("product", "excess")
@@ -46,6 +47,11 @@ class Aim:
         """Of the eigenvectors of the small matrix; the half step on W sets their mixing right."""
         fine = self.criterion == "product" and self.tolerance < _FINE
         return torch.float64 if fine else torch.float32
+
+    @property
+    def rough(self) -> bool:
+        """Whether bfloat16 products are good enough: they reach 2e-3, and an excess of 1e-7."""
+        return self.tolerance >= (5e-3 if self.criterion == "product" else 5e-7)
 
     def met(self, found: Estimate) -> bool:
         """Whether an estimate is good enough.
@@ -111,28 +117,31 @@ def top_svd(
         raise ConfigError(f"criterion {criterion!r} is not one of {', '.join(CRITERIA)}.")
     if not 0 < tolerance < math.inf:
         raise ConfigError(f"tolerance must be a positive number, not {tolerance!r}.")
-    aim = Aim(rank, tolerance, criterion)
+    with full_precision():
+        return _solve(weight, Aim(rank, tolerance, criterion), seed)
+
+
+def _solve(weight: Tensor, aim: Aim, seed: int) -> TruncatedSVD:
+    """By the cheapest way that meets the aim."""
     tall = Tall.of(weight)
     short = min(weight.shape)
     ordinary = tall.norm > 0 and _RANGE[0] < tall.scale < _RANGE[1]
-    if short <= _SMALL or 3 * rank > short or not ordinary:
+    if short <= _SMALL or 3 * aim.rank > short or not ordinary:
         return _dense(weight, aim, "")
-    found = _iterate(tall, aim, seed)
+    found: TruncatedSVD | str = ""
+    if short > _GRAM and aim.rough and fast_bfloat16(weight.device):
+        found = _iterate(tall, aim, seed, "bfloat16")
+    if isinstance(found, str):
+        found = _iterate(tall, aim, seed, "gram" if short <= _GRAM else "lanczos")
     return found if isinstance(found, TruncatedSVD) else _dense(weight, aim, found)
 
 
-def _iterate(tall: Tall, aim: Aim, seed: int) -> TruncatedSVD | str:
+def _iterate(tall: Tall, aim: Aim, seed: int, route: str) -> TruncatedSVD | str:
     """Lanczos; or why it was given up."""
-    n = tall.matrix.shape[1]
-    route = "gram" if n <= _GRAM else "lanczos"
-    apply: Apply = tall.normal
-    if route == "gram":
-        gram = tall.gram()
-        apply = lambda rows: rows @ gram  # noqa: E731
-    block = _block(aim.rank)
+    n, block = tall.matrix.shape[1], _block(aim.rank)
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(block, n, generator=generator).to(tall.matrix.device)
-    process = Lanczos.begin(apply, start, min(n, 16 * block))
+    process = Lanczos.begin(_operator(tall, route), start, min(n, 16 * block))
     wanted = aim.rank + guards(aim.rank)
     # With a Gram matrix a step costs less than a check, so the first one is later.
     check = max(3 * aim.rank, wanted + (11 if route == "gram" else 8) * block)
@@ -152,10 +161,21 @@ def _iterate(tall: Tall, aim: Aim, seed: int) -> TruncatedSVD | str:
             result, found = _polish(tall, rows, aim, process.unseen(), route)
             if aim.met(found):
                 return result
+            if route == "bfloat16":
+                break  # this is as far as it goes
         history.append((process.size, aim.error(found)))
         check = _next_check(history, aim.tolerance, block)
-    error = history[-1][1]
+    error = aim.error(found)
     return f"{route}: {aim.criterion} error {error:.1e} after {process.size} of {n} vectors"
+
+
+def _operator(tall: Tall, route: str) -> Apply:
+    if route == "bfloat16":
+        return tall.rough()
+    if route == "lanczos":
+        return tall.normal
+    gram = tall.gram()
+    return lambda rows: rows @ gram
 
 
 def _block(rank: int) -> int:

@@ -11,8 +11,9 @@ class Certificate:
     """How good a truncated SVD is, as estimated with it; P = u·diag(s)·vt, W_r the best of rank r.
 
     Attributes:
-        route: how it was found: "lanczos" (block Lanczos on the weight), "gram" (block Lanczos on
-            WᵀW) or "dense" (all eigenvectors of WᵀW, in float64).
+        route: how it was found: "lanczos" (block Lanczos on the weight), "bfloat16" (the same by
+            bfloat16 products, where a processor has them and the tolerance is wide), "gram" (block
+            Lanczos on WᵀW) or "dense" (all eigenvectors of WᵀW, in float64).
         product_error: estimate of |P − W_r|_F / |W_r|_F. Within a factor of 3 of the truth
             wherever the cut is unique.
         excess: estimate of |W − P|_F / |W − W_r|_F − 1.

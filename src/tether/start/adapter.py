@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tether import cache as caches
-from tether import sites, whole
+from tether import linalg, sites, whole
 from tether.cache import AnchorCache
 from tether.checkpoint import Checkpoint
 from tether.config import LoraConfig, Plan, plan
@@ -125,10 +125,11 @@ def find(
     store = AnchorCache(caches.folder()) if search.cache and caches.enabled() else None
     one = partial(find_start, config=config, cache=store)
     solve = partial(_solve, find=one, count=_workers(search.workers, model), progress=progress)
-    if search.distributed and ranks.world_size() > 1:
-        starts = ranks.share(jobs, solve, _described(plans, config))
-    else:
-        starts = solve(jobs)
+    with linalg.full_precision():
+        if search.distributed and ranks.world_size() > 1:
+            starts = ranks.share(jobs, solve, _described(plans, config))
+        else:
+            starts = solve(jobs)
     cached = sum(start.cached for start in starts.values())
     return Found(_adapter(model, config, starts), cached)
 
