@@ -25,6 +25,7 @@ from tether.cache.entry import read
 from tether.cache.key import file_name, parse_file_name
 from tether.errors import ConfigError, FormatError, NonFiniteError, ShapeMismatchError
 from tether.fingerprints import fingerprint_tensor
+from tether.formats import container
 from tether.formats.native import digest, digest_texts
 from tether.layout import Layout
 from tether.linalg import Certificate
@@ -531,7 +532,6 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "a link": pointed,
 }
 hostile = pytest.mark.parametrize("harm", HOSTILE.values(), ids=HOSTILE)
-GONE = ("a folder", "a pipe", "a dangling link", "a link")
 
 
 @pytest.fixture
@@ -546,10 +546,10 @@ def test_a_file_written_anew_is_still_good(stored):
     # Else every case below would be refused for a reason of the test's own.
     path, key = stored
     change(path)
-    assert read(path, key).certificate == CERTIFICATE
+    assert read(path).certificate == CERTIFICATE
     in_table("certificate")(path)
     rekeyed()(path)
-    assert read(path, key).scaling == SCALING
+    assert read(path).scaling == SCALING
 
 
 @hostile
@@ -559,7 +559,7 @@ def test_a_bad_entry_is_as_good_as_missing(anchors, weight, stored, harm):
     for rank in (3, 2):
         assert anchors.find(key, rank, SCALING, PiSSA()) is None
     with pytest.raises((FormatError, NonFiniteError)):
-        read(path, key)
+        read(path)
 
 
 @pytest.mark.parametrize("name", [name for name in HOSTILE if name != "a folder"])
@@ -583,6 +583,13 @@ def test_the_rank_of_the_name_is_not_believed(anchors, stored, rank):
     path.rename(path.with_name(f"r{rank}-s0.7.safetensors"))
     for wanted in (1, 3, rank):
         assert anchors.find(key, wanted, SCALING, PiSSA()) is None
+
+
+def test_no_rank_is_larger_than_the_matrix(anchors, stored):
+    path, key = stored
+    change(path, tensors={"A": torch.ones(8, 7), "B": torch.ones(9, 8)})
+    path.rename(path.with_name("r8-s0.7.safetensors"))
+    assert anchors.find(key, 8, SCALING, PiSSA()) is None
 
 
 def test_the_scaling_of_the_name_is_not_believed(anchors, stored):
@@ -625,6 +632,7 @@ def test_a_half_precision_digest_must_be_the_keys_own(anchors, weight):
         {"dtype": None},
         {"seed": 0.5},
         {"more": 1},
+        {"kind": "conv"},  # of two dimensions
         *({"settings": json.loads('{"a":' * n + "0" + "}" * n)} for n in (100, 300, 450)),
     ],
     ids=str,
@@ -640,6 +648,8 @@ def test_a_key_that_an_entry_names_itself_is_checked(stored, values):
     if "settings" in values:
         assert read(place).scaling == SCALING
         return
+    with pytest.raises(FormatError):
+        Key.parse(text, "key")
     with pytest.raises(FormatError):
         read(place)
 
@@ -740,6 +750,20 @@ def test_a_folder_that_prune_removed_meanwhile_is_made_again(anchors, weight, mo
 def test_nothing_waits_for_the_disk(anchors, weight, monkeypatch):
     monkeypatch.setattr(os, "fsync", failing(5))
     assert anchors.store(key_of(weight, PiSSA()), entry_of(weight, PiSSA(), 3))
+
+
+def test_an_entry_that_is_removed_while_it_is_opened_is_a_miss(
+    anchors, weight, stored, monkeypatch
+):
+    path, key = stored
+    original = container.safe_open
+
+    def opened_too_late(*arguments: object, **options: object) -> object:
+        path.unlink()
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(container, "safe_open", opened_too_late)
+    assert anchors.find(key, 3, SCALING, PiSSA()) is None
 
 
 RACE = """
