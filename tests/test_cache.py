@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -25,7 +26,6 @@ from tether.cache.entry import read
 from tether.cache.key import file_name, parse_file_name
 from tether.errors import ConfigError, FormatError, NonFiniteError, ShapeMismatchError
 from tether.fingerprints import fingerprint_tensor
-from tether.formats import container
 from tether.formats.native import digest, digest_texts
 from tether.layout import Layout
 from tether.linalg import Certificate
@@ -261,6 +261,16 @@ def test_a_found_start_has_memory_of_its_own(anchors, weight):
     assert anchors.find(key, 3, SCALING, PiSSA()).factors.A.any()
 
 
+def test_a_found_start_does_not_change_with_its_file(anchors, weight):
+    key, entry = key_of(weight, PiSSA()), entry_of(weight, PiSSA(), 3)
+    anchors.store(key, entry)
+    path = path_of(anchors, key, 3)
+    found = anchors.find(key, 3, SCALING, PiSSA())
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert same(found.factors, entry.factors)
+
+
 def test_factors_that_share_memory_or_are_views_are_stored_by_value(anchors):
     square = torch.arange(16.0).view(4, 4)
     weight = torch.ones(4, 4)
@@ -340,9 +350,10 @@ def test_an_entry_of_another_weight_is_refused(anchors, weight):
     for other in (weight.T.contiguous(), weight + 1, weight.bfloat16()):
         with pytest.raises(ShapeMismatchError, match="the key's weight"):
             anchors.store(key_of(other, PiSSA()), entry)
-    wide = Factors(torch.ones(8, 7), torch.ones(9, 8))
-    with pytest.raises(ShapeMismatchError, match=r"rank 8 for \(9, 7\)"):
-        anchors.store(key_of(weight, PiSSA()), dataclasses.replace(entry, factors=wide))
+    for shape, rank in (((9, 7), 8), ((7, 9), 2)):
+        wrong = Factors(torch.ones(rank, shape[1]), torch.ones(shape[0], rank))
+        with pytest.raises(ShapeMismatchError, match=re.escape(f"rank {rank} for {shape}")):
+            anchors.store(key_of(weight, PiSSA()), dataclasses.replace(entry, factors=wrong))
     assert not anchors.folder.exists()
 
 
@@ -544,7 +555,7 @@ def stored(anchors, weight):
 
 def test_a_file_written_anew_is_still_good(stored):
     # Else every case below would be refused for a reason of the test's own.
-    path, key = stored
+    path, _ = stored
     change(path)
     assert read(path).certificate == CERTIFICATE
     in_table("certificate")(path)
@@ -756,13 +767,13 @@ def test_an_entry_that_is_removed_while_it_is_opened_is_a_miss(
     anchors, weight, stored, monkeypatch
 ):
     path, key = stored
-    original = container.safe_open
+    original = torch.UntypedStorage.from_file
 
-    def opened_too_late(*arguments: object, **options: object) -> object:
+    def mapped_too_late(*arguments: object, **options: object) -> object:
         path.unlink()
         return original(*arguments, **options)
 
-    monkeypatch.setattr(container, "safe_open", opened_too_late)
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", mapped_too_late)
     assert anchors.find(key, 3, SCALING, PiSSA()) is None
 
 
