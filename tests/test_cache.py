@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -260,6 +261,16 @@ def test_a_found_start_has_memory_of_its_own(anchors, weight):
     assert anchors.find(key, 3, SCALING, PiSSA()).factors.A.any()
 
 
+def test_a_found_start_does_not_change_with_its_file(anchors, weight):
+    key, entry = key_of(weight, PiSSA()), entry_of(weight, PiSSA(), 3)
+    anchors.store(key, entry)
+    path = path_of(anchors, key, 3)
+    found = anchors.find(key, 3, SCALING, PiSSA())
+    with path.open("r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert same(found.factors, entry.factors)
+
+
 def test_factors_that_share_memory_or_are_views_are_stored_by_value(anchors):
     square = torch.arange(16.0).view(4, 4)
     weight = torch.ones(4, 4)
@@ -339,9 +350,10 @@ def test_an_entry_of_another_weight_is_refused(anchors, weight):
     for other in (weight.T.contiguous(), weight + 1, weight.bfloat16()):
         with pytest.raises(ShapeMismatchError, match="the key's weight"):
             anchors.store(key_of(other, PiSSA()), entry)
-    wide = Factors(torch.ones(8, 7), torch.ones(9, 8))
-    with pytest.raises(ShapeMismatchError, match=r"rank 8 for \(9, 7\)"):
-        anchors.store(key_of(weight, PiSSA()), dataclasses.replace(entry, factors=wide))
+    for shape, rank in (((9, 7), 8), ((7, 9), 2)):
+        wrong = Factors(torch.ones(rank, shape[1]), torch.ones(shape[0], rank))
+        with pytest.raises(ShapeMismatchError, match=re.escape(f"rank {rank} for {shape}")):
+            anchors.store(key_of(weight, PiSSA()), dataclasses.replace(entry, factors=wrong))
     assert not anchors.folder.exists()
 
 
@@ -531,7 +543,6 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "a link": pointed,
 }
 hostile = pytest.mark.parametrize("harm", HOSTILE.values(), ids=HOSTILE)
-GONE = ("a folder", "a pipe", "a dangling link", "a link")
 
 
 @pytest.fixture
@@ -544,12 +555,12 @@ def stored(anchors, weight):
 
 def test_a_file_written_anew_is_still_good(stored):
     # Else every case below would be refused for a reason of the test's own.
-    path, key = stored
+    path, _ = stored
     change(path)
-    assert read(path, key).certificate == CERTIFICATE
+    assert read(path).certificate == CERTIFICATE
     in_table("certificate")(path)
     rekeyed()(path)
-    assert read(path, key).scaling == SCALING
+    assert read(path).scaling == SCALING
 
 
 @hostile
@@ -559,7 +570,7 @@ def test_a_bad_entry_is_as_good_as_missing(anchors, weight, stored, harm):
     for rank in (3, 2):
         assert anchors.find(key, rank, SCALING, PiSSA()) is None
     with pytest.raises((FormatError, NonFiniteError)):
-        read(path, key)
+        read(path)
 
 
 @pytest.mark.parametrize("name", [name for name in HOSTILE if name != "a folder"])
@@ -583,6 +594,13 @@ def test_the_rank_of_the_name_is_not_believed(anchors, stored, rank):
     path.rename(path.with_name(f"r{rank}-s0.7.safetensors"))
     for wanted in (1, 3, rank):
         assert anchors.find(key, wanted, SCALING, PiSSA()) is None
+
+
+def test_no_rank_is_larger_than_the_matrix(anchors, stored):
+    path, key = stored
+    change(path, tensors={"A": torch.ones(8, 7), "B": torch.ones(9, 8)})
+    path.rename(path.with_name("r8-s0.7.safetensors"))
+    assert anchors.find(key, 8, SCALING, PiSSA()) is None
 
 
 def test_the_scaling_of_the_name_is_not_believed(anchors, stored):
@@ -625,6 +643,7 @@ def test_a_half_precision_digest_must_be_the_keys_own(anchors, weight):
         {"dtype": None},
         {"seed": 0.5},
         {"more": 1},
+        {"kind": "conv"},  # of two dimensions
         *({"settings": json.loads('{"a":' * n + "0" + "}" * n)} for n in (100, 300, 450)),
     ],
     ids=str,
@@ -640,6 +659,8 @@ def test_a_key_that_an_entry_names_itself_is_checked(stored, values):
     if "settings" in values:
         assert read(place).scaling == SCALING
         return
+    with pytest.raises(FormatError):
+        Key.parse(text, "key")
     with pytest.raises(FormatError):
         read(place)
 
@@ -740,6 +761,20 @@ def test_a_folder_that_prune_removed_meanwhile_is_made_again(anchors, weight, mo
 def test_nothing_waits_for_the_disk(anchors, weight, monkeypatch):
     monkeypatch.setattr(os, "fsync", failing(5))
     assert anchors.store(key_of(weight, PiSSA()), entry_of(weight, PiSSA(), 3))
+
+
+def test_an_entry_that_is_removed_while_it_is_opened_is_a_miss(
+    anchors, weight, stored, monkeypatch
+):
+    path, key = stored
+    original = torch.UntypedStorage.from_file
+
+    def mapped_too_late(*arguments: object, **options: object) -> object:
+        path.unlink()
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(torch.UntypedStorage, "from_file", mapped_too_late)
+    assert anchors.find(key, 3, SCALING, PiSSA()) is None
 
 
 RACE = """

@@ -60,6 +60,10 @@ def foreign(folder: Path, path: Path) -> None:
     beside(".notes.txt.abcdefgh").write_text("mine")
     beside("r4-s1.0.safetensors").mkdir()
     beside("r5-s1.0.safetensors").symlink_to(folder.parent / "outside" / name)
+    beside(f".{name}.abcdefg1").mkdir()
+    beside(f".{name}.abcdefg2").symlink_to(folder.parent / "outside" / name)
+    (folder / "mine").mkdir()  # and empty
+    (path.parents[1] / "mine").mkdir()
     for place in (
         folder,
         folder / "ab",
@@ -209,7 +213,8 @@ def test_prune_touches_nothing_that_is_not_ours(folder):
     (path,) = fill(folder, NOW)
     foreign(folder, path)
     before = everything(folder.parent)
-    assert cache.prune(folder, 0).removed == 1
+    done = cache.prune(folder, 0)
+    assert (done.removed, done.failed) == (1, ())
     del before[str(path.relative_to(folder.parent))]
     assert everything(folder.parent) == before
 

@@ -139,12 +139,11 @@ def write(path: Path, key: Key, entry: Entry) -> None:
     save_file(tensors, path, metadata)
 
 
-def read(path: Path, key: Key | None = None) -> Entry:
+def read(path: Path) -> Entry:
     """Read an entry and check all of it.
 
     Args:
-        path: of the file, in its place in the cache.
-        key: that it must be of; None for the one it names itself.
+        path: of the file, in its place in the cache, which tells the key that it must be of.
 
     Returns:
         the entry, in memory of its own.
@@ -160,22 +159,30 @@ def read(path: Path, key: Key | None = None) -> Entry:
     name = parse_file_name(path.name)
     if name is None:
         raise NotAnAdapterError(f"{path}: is not the name of an entry.")
-    rank, scaling = name
-    with container.opened(path) as file:
-        fields = _header(path, file.metadata() or {})
-        found = Key.parse(fields["key"], f"{path}: key")
-        if found.name != path.parent.name or (key is not None and key != found):
-            raise HeaderError(f"{path}: is of another key than its place says.")
-        if fields["scaling"] != scaling:
-            raise HeaderError(f"{path}: its scaling is {fields['scaling']}, not {scaling}.")
-        tensors = _tensors(path, file, found, rank)
+    try:
+        fields, found, tensors = _open(path, *name)
+    except RuntimeError as error:
+        # Torch cannot map it: another process removed it, since it was looked at, or memory is out.
+        raise HeaderError(f"{path}: cannot be opened: {error}") from error
     for letter, tensor in tensors.items():
         if digest(tensor) != fields["digests"][letter]:
             raise DigestError(f"{path}: tensor {letter!r}: not the bytes that were written.")
         check_finite(tensor, f"{path}: {letter}")
     factors = Factors(tensors["A"], tensors["B"])
     origin = _fingerprint(path, found.values, fields["fingerprint"])
-    return Entry(factors, scaling, origin, _certificate(path, fields["certificate"]))
+    return Entry(factors, name[1], origin, _certificate(path, fields["certificate"]))
+
+
+def _open(path: Path, rank: int, scaling: float) -> tuple[dict[str, Any], Key, dict[str, Tensor]]:
+    """The metadata, the key and the tensors of an entry that is where it belongs."""
+    with container.opened(path) as file:
+        fields = _header(path, file.metadata() or {})
+        found = Key.parse(fields["key"], f"{path}: key")
+        if found.name != path.parent.name:
+            raise HeaderError(f"{path}: is of another key than its place says.")
+        if fields["scaling"] != scaling:
+            raise HeaderError(f"{path}: its scaling is {fields['scaling']}, not {scaling}.")
+        return fields, found, _tensors(path, file, found, rank)
 
 
 def _header(path: Path, metadata: dict[str, str]) -> dict[str, Any]:

@@ -86,11 +86,11 @@ class AnchorCache:
         Returns:
             the entry, or None. A start cut to a smaller rank has no certificate.
         """
-        entry = _read(self._path(key, rank, scaling), key)
+        entry = _read(self._path(key, rank, scaling))
         if entry is not None or not isinstance(method, Nested):
             return entry
         for larger, was in self._candidates(key, rank, scaling):
-            entry = _read(self._path(key, larger, was), key)
+            entry = _read(self._path(key, larger, was))
             if entry is None:
                 continue
             factors = method.cut(entry.factors, rank, was, scaling)
@@ -156,9 +156,9 @@ class AnchorCache:
             )
 
 
-def _read(path: Path, key: Key) -> Entry | None:
+def _read(path: Path) -> Entry | None:
     try:
-        entry = read(path, key)
+        entry = read(path)
     except (OSError, TetherError):
         return None
     # The time of last use. It may be another user's file.
