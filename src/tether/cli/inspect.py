@@ -1,5 +1,6 @@
 """`tether inspect`: what an adapter on disk is."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,8 @@ def command(
     """Print an adapter's settings, origin, size, and a table of its sites.
 
     |ΔW|/|W| is the size of the change beside the base weight's; anchor energy is the share of
-    |W|² that the anchor took up. Both need the base's norm, which native files carry.
+    |W|² that the anchor took up. Both need the base's norm, which native files carry. Anchor error
+    is how far the anchor may be from the exact one, relative to it, where that is known.
     """
     with guarded(json_, debug):
         use_all_cores()
@@ -50,6 +52,7 @@ def _row(adapter: Adapter, site: str, layer: LayerAdapter) -> dict[str, Any]:
     origin = adapter.provenance.fingerprints.get(site)
     weight = origin.norm if origin is not None and origin.norm > 0 else None
     change = algebra.norm(layer)
+    certificate = adapter.provenance.certificates.get(site)
     energy = None
     if layer.anchor is not None and weight is not None:
         energy = (algebra.anchor_norm(layer) / weight) ** 2
@@ -61,6 +64,7 @@ def _row(adapter: Adapter, site: str, layer: LayerAdapter) -> dict[str, Any]:
         "norm": change,
         "relative": None if weight is None else change / weight,
         "anchor_energy": energy,
+        "certificate": None if certificate is None else asdict(certificate),
     }
 
 
@@ -99,7 +103,9 @@ def _print(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
         about.add_row(f"config: {name}", str(value))
     out.print(about)
     site_column = Column("site", overflow="fold")
-    table = Table(site_column, "shape", "rank", "|ΔW|", "|ΔW|/|W|", "anchor energy")
+    table = Table(
+        *(site_column, "shape", "rank", "|ΔW|", "|ΔW|/|W|", "anchor energy", "anchor error")
+    )
     for site, row in rows.items():
         relative, energy = row["relative"], row["anchor_energy"]
         table.add_row(
@@ -109,5 +115,17 @@ def _print(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
             f"{row['norm']:.4g}",
             "–" if relative is None else f"{relative:.3%}",
             "–" if energy is None else f"{energy:.1%}",
+            _anchor_error(row["certificate"]),
         )
     out.print(table)
+    for site, row in rows.items():
+        if row["certificate"] is not None and row["certificate"]["fallback"]:
+            out.print(
+                f"{site}: its anchor was found the slow way: {row['certificate']['fallback']}"
+            )
+
+
+def _anchor_error(certificate: dict[str, Any] | None) -> str:
+    if certificate is None:
+        return "–"
+    return f"{certificate['product_error']:.1e}" if certificate["unique"] else "not unique"
