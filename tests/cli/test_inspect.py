@@ -1,10 +1,13 @@
 """`tether inspect`: the numbers of an adapter are those of its factors and its base."""
 
+from dataclasses import replace
+
 import pytest
 from safetensors.torch import load_file
 
 import tether
 from tether.algebra import delta
+from tether.linalg import Certificate
 
 from .conftest import contents, succeed, succeed_json
 
@@ -87,3 +90,25 @@ def test_an_untrained_adapter_changes_nothing(tiny_llama, tmp_path):
     rows = succeed_json("inspect", path)["layers"].values()
     assert {(row["norm"], row["relative"], row["anchor_energy"]) for row in rows} == {(0, 0, None)}
     assert contents(tmp_path) == before
+
+
+def test_the_error_of_every_anchor_is_shown_and_what_is_not_known_is_not(tiny_llama, tmp_path):
+    path = tmp_path / "a.safetensors"
+    whole = tether.init(tiny_llama(), tether.LoraConfig(rank=2))
+    first, second, third, *_ = whole.layers
+    certificates = {
+        first: Certificate("lanczos", 3.25e-6, 1e-13, unique=True),
+        second: Certificate("dense", 6e-8, 0.0, unique=False, fallback="gram: 2e-3 after 96"),
+    }
+    tether.save(
+        replace(whole, provenance=replace(whole.provenance, certificates=certificates)), path
+    )
+    layers = succeed_json("inspect", path)["layers"]
+    assert layers[first]["certificate"]["product_error"] == 3.25e-6
+    assert layers[third]["certificate"] is None
+    lines = succeed("inspect", path).splitlines()
+    cells = {
+        line.split("│")[1].strip(): line.split("│")[-2].strip() for line in lines if "│" in line
+    }
+    assert [cells[site] for site in (first, second, third)] == ["3.2e-06", "not unique", "–"]
+    assert f"{second}: its anchor was found the slow way: gram: 2e-3 after 96" in lines
