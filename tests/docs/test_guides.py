@@ -16,6 +16,7 @@ from pages import PAGES, Reader, blocks
 
 import tether
 from tether.cli import app
+from tether.integrations import smollm2
 
 PEFT_NOTICE = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 # On a machine that is busy with other things a page takes minutes.
@@ -45,6 +46,19 @@ def test_compare_with_lora(read_page, tmp_path):
     scope = read_page("guides/compare-with-lora.md")
     assert scope["differences"][8].error > 0.01
     assert {path.name for path in (tmp_path / "run").iterdir()} >= {"lora", "lora-8"}
+
+
+@pytest.mark.slow
+def test_anchors(read_page, tmp_path, monkeypatch):
+    model = smollm2.folder()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / model.name).symlink_to(model)
+    monkeypatch.setenv("TETHER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TETHER_NO_CACHE", "0")
+    scope = read_page("guides/anchors.md")
+    assert len(scope["quick"].layers) == 210
+    kept = list((tmp_path / "cache" / "anchors").rglob("r16-s1.0.safetensors"))
+    assert len(kept) == 14 + 210  # by two methods, which differ in their settings
 
 
 @pytest.mark.slow
@@ -105,7 +119,10 @@ def test_every_command_and_option_on_a_page_exists(page):
     shown = [re.sub(r"^\$ ", "", span) for span in spans(page)]
     for line in (span for span in shown if re.match(r"tether [a-z]+", span)):
         _, name, *rest = shlex.split(line)
-        options = {option for p in commands[name].params for option in p.opts + p.secondary_opts}
+        command = commands[name]
+        if hasattr(command, "commands"):
+            command = command.commands[rest.pop(0)]
+        options = {option for p in command.params for option in p.opts + p.secondary_opts}
         assert {word for word in rest if word.startswith("--")} <= options, line
     if page.stem == "coming-from-peft":
         text = page.read_text("utf-8")
