@@ -29,7 +29,7 @@ from weights import Matrix
 from tether import linalg
 from tether.integrations import smollm2
 
-HOW = "weight → A, B. tether: `{ours}`; peft: `{theirs}` of its LoRA layer, residual included"
+HOW = "weight to A and B. tether: `{ours}`; peft: `{theirs}` of its layer, residual included"
 PRODUCTS = "the products of the weight that our run made, alone"
 # The spectra of the two large squares, as in SmolLM2: its widest layer, and its square one.
 SOURCES = {2048: "self_attn.q_proj"}
@@ -82,6 +82,8 @@ WORKS = (
     ),
     Work("pissa 2048² r16", "2048×2048"),
 )
+# A certificate speaks of the decomposition; its factors are then rounded to float32.
+ROUNDING = {"product error": 5e-7, "excess": 1e-12}
 # What is at least wanted of the row beside niter_16 where passes are made in bfloat16.
 BFLOAT16_AT_LEAST = 2.5
 
@@ -98,15 +100,27 @@ def decompose(weight: Tensor, work: Work) -> tuple[Tensor, Tensor, Any]:
     return svd.u * root, root[:, None] * svd.vt, getattr(svd, "certificate", None)
 
 
-def certified(certificate: Any) -> dict[str, str]:
-    """What a result says of itself."""
+def certified(certificate: Any, measured: dict[str, float]) -> dict[str, str]:
+    """What a result says of itself, and whether that is true.
+
+    Args:
+        certificate: None if there is none.
+        measured: the errors that were measured.
+
+    Returns:
+        notes; with "broken" if an error is larger than certified.
+    """
     names = ("route", "product_error", "excess", "unique", "fallback")
-    said = {name: getattr(certificate, name, None) for name in names}
-    return {
-        name.replace("_", " "): f"{value:.1e}" if isinstance(value, float) else str(value)
-        for name, value in said.items()
-        if value is not None
-    }
+    said = {name.replace("_", " "): getattr(certificate, name, None) for name in names}
+    notes = {}
+    for name, value in said.items():
+        if isinstance(value, float):
+            notes[f"certified {name}"] = f"{value:.1e}"
+            if measured[name] > value + ROUNDING[name]:
+                notes[measure.BROKEN] = f"of {name} {value:.1e}, measured {measured[name]:.1e}"
+        elif value is not None:
+            notes[name] = str(value)
+    return notes
 
 
 class Site(nn.Module):
@@ -164,14 +178,15 @@ def row_of(work: Work, matrix: Matrix, repeats: int) -> Row:
     best = weights.qr_best(weight, work.rank) if olora else matrix.best(work.rank)
     for name in ("tether", "peft"):
         sides[name].accuracy = weights.accuracy(weight, *results[name][:2], best)
-    sides["tether"].notes = certified(results["tether"][2]) | {
+    ours = sides["tether"]
+    ours.notes = certified(results["tether"][2], ours.accuracy) | {
         "products": f"{len(seen.found)} with {seen.columns()} vectors in all"
     }
     target = work.target
     if target and work.peft == "pissa_niter_16" and torch.bfloat16 in seen.dtypes():
         target = replace(target, at_least=BFLOAT16_AT_LEAST)
     theirs = "olora_init" if olora else f'pissa_init("{work.peft}")'
-    asked = f"top_svd, {work.criterion} {work.tolerance:.0e}"
+    asked = f"top_svd({work.tolerance:.0e}, {work.criterion})"
     how = HOW.format(ours="leading_qr" if olora else asked, theirs=theirs)
     return Row(work.name, how, sides, target=target, limit=PRODUCTS if seen.found else "")
 

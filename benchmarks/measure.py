@@ -27,6 +27,8 @@ from tether.cli.console import use_all_cores
 
 PACKAGES = ("tether", "torch", "peft", "transformers")
 LIMIT = "limit"
+# The note of a side whose result is worse than it says of itself.
+BROKEN = "broken"
 # Work that takes a hundredth of a second is done again, until this much is spent in one turn.
 ENOUGH_SECONDS, MOST_CALLS = 0.3, 10
 
@@ -106,15 +108,20 @@ class Row:
     target: Target | None = None
     limit: str = ""
 
+    @property
+    def clock(self) -> str:
+        """By which the sides are compared."""
+        return self.target.clock if self.target else "cpu"
+
     def ratio(self) -> float:
         """Their time by ours; ours by theirs where the target is an "at most"."""
-        clock = self.target.clock if self.target else "cpu"
-        ours, theirs = (self.sides[name].median(clock) for name in (self.ours, self.theirs))
+        ours, theirs = (self.sides[name].median(self.clock) for name in (self.ours, self.theirs))
         return ours / theirs if self.target and self.target.at_most else theirs / ours
 
     def misses(self) -> list[str]:
         """What was wanted and not reached, in words; empty if all was."""
-        target, found = self.target, []
+        target, notes = self.target, self.sides[self.ours].notes
+        found = [f"certificate {notes[BROKEN]}"] if BROKEN in notes else []
         if target is None:
             return found
         if target.at_least is not None and self.ratio() < target.at_least:
@@ -132,10 +139,10 @@ class Row:
 
     def verdict(self) -> str:
         """ "aim reached", "reached", "missed", or nothing where nothing was wanted."""
-        if self.target is None:
-            return ""
         if self.misses():
             return "missed"
+        if self.target is None:
+            return ""
         aim = self.target.aim
         return "aim reached" if isinstance(aim, int | float) and self.ratio() >= aim else "reached"
 
