@@ -8,7 +8,7 @@ import pytest
 
 @pytest.fixture
 def invented(tmp_path, script, row):
-    """Two records: a row that reached its aim, a missed one, one of which nothing was wanted."""
+    """Two records: an aim reached, one missed, nothing wanted, and a certificate that is false."""
     measure = script("measure")
     fast = row(0.4, 26.0, {"product error": 2e-6}, {"route": "lanczos"}, at_least=35, aim=60)
     fast.sides["limit"] = measure.Side([0.21], [0.11])
@@ -18,7 +18,9 @@ def invented(tmp_path, script, row):
     plain.name, plain.theirs, plain.how = "plain", "peft", "said here"
     paths = [tmp_path / "a.json", tmp_path / "b.json"]
     measure.record([fast, slow], paths[0])
-    measure.record([plain], paths[1], ["the moon: out of reach."])
+    false = row(notes={"broken": "of excess 1e-9, measured 1e-3"})
+    false.name = "false work"
+    measure.record([plain, false], paths[1], ["the moon: out of reach."])
     machine = {"processor": "Abacus", "cores": 3, "threads": 3, "system": "Sand"}
     for path in paths:
         value = json.loads(path.read_text("utf-8"))
@@ -40,7 +42,9 @@ def test_the_page_says_what_was_reached_and_what_not(script, invented, tmp_path)
         "| plain | 0.00012 | 123 | 0.00006 | 61.7 |  | 1.03e+06 |",
         "| work | ≥ 35, aim 60 | 65 | aim reached |",
         "| slow work | ≥ 10, aim 20 | 8 | missed |",
-        "Missed: 1 of 2.",
+        "| false work |  | 20 | missed |",
+        "Missed: 2 of 3.",
+        "- false work: certificate of excess 1e-9, measured 1e-3.",
         "- slow work: 8 times as fast, at least 10 wanted.",
         "| work | tether | product error 2.0e-06 | route lanczos |",
         "- **plain**: said here.",

@@ -110,8 +110,13 @@ def test_loading_gives_the_outputs_that_were_saved(script, tiny_smollm2):
     assert found.sides["tether"].accuracy == {"logits": 0.0}
     assert found.sides["peft"].accuracy["logits"] < 1e-5
     assert torch.equal(model.logits(tiny_smollm2), base)
-    moved = model.saved_by_peft(tiny_smollm2, 3, Path(os.environ["TETHER_CACHE"]) / "moved")
-    assert model.difference(moved, base)["logits"] > 1e-3
+    folder = Path(os.environ["TETHER_CACHE"])
+    for saved, name in (
+        (model.saved_by_peft, "moved"),
+        (model.saved_by_tether, "moved.safetensors"),
+    ):
+        moved = saved(tiny_smollm2, 3, folder / name)
+        assert model.difference(moved, base)["logits"] > 1e-3
 
 
 def test_the_second_init_finds_what_the_first_kept(script, tiny_smollm2, monkeypatch):

@@ -47,6 +47,17 @@ def test_the_truth_of_a_large_matrix_is_numpys(script, values, monkeypatch):
         assert error <= 1e-7 * np.linalg.norm(wanted)
 
 
+def test_the_truth_forgives_where_it_started(script, monkeypatch):
+    weights = script("weights")
+    monkeypatch.setattr(weights, "SMALL", 0)
+    steep = torch.logspace(0, -6, 120, dtype=torch.float64)
+    u, v = (torch.linalg.qr(torch.randn(n, 120, dtype=torch.float64))[0] for n in (150, 120))
+    # Off by 1e-3; two rounds of WᵀW divide that by (s20 / s60)^4 = 1e8.
+    start = v[:, :60] + 1e-3 * torch.randn(120, 60, dtype=torch.float64)
+    found = weights._leading((u * steep) @ v.T, start)[1]
+    np.testing.assert_allclose(found.numpy(), steep[:20].numpy(), rtol=1e-12)
+
+
 def test_a_truth_that_is_none_is_refused(script, monkeypatch):
     weights = script("weights")
     monkeypatch.setattr(weights, "SMALL", 0)
