@@ -32,6 +32,7 @@ TetherError
 |   |-- DigestError              its bytes are not the ones that were written
 |   |-- UnsupportedAdapterError  it holds something that tether cannot represent
 |   `-- RescueError              what was given does not tell its initial factors
+|-- DistributedError             ranks of torch.distributed that do not go together
 |-- DataError                    training text that cannot be used
 |-- ModelError                   a model that cannot be found or read
 |-- MissingExtraError            an optional dependency is not installed
@@ -168,6 +169,10 @@ class UnsupportedAdapterError(FormatError):
 
 class RescueError(FormatError):
     """The files given do not tell an adapter's initial factors, or not surely enough."""
+
+
+class DistributedError(TetherError):
+    """Ranks of torch.distributed that do not go together."""
 
 
 class DataError(TetherError):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 
 from tether.errors import ConfigError
+from tether.linalg import Certificate
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,8 @@ class Provenance:
         learning_rate: it was trained with, if known.
         steps: optimizer steps it was trained for, if known.
         fingerprints: site path -> fingerprint of its base weight.
+        certificates: site path -> how good the decomposition is that gave its anchor, where the
+            method has one and it is known.
     """
 
     method: str
@@ -53,6 +56,7 @@ class Provenance:
     learning_rate: float | None = None
     steps: int | None = None
     fingerprints: Mapping[str, Fingerprint] = field(default_factory=dict)
+    certificates: Mapping[str, Certificate] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the types, so that what is saved can be loaded; freeze the mapping."""
@@ -64,7 +68,8 @@ class Provenance:
         self._check("learning_rate", int, float, type(None))
         if self.learning_rate is not None and not math.isfinite(self.learning_rate):
             raise ConfigError(f"provenance: learning_rate {self.learning_rate} is not finite.")
-        object.__setattr__(self, "fingerprints", MappingProxyType(dict(self.fingerprints)))
+        for name in ("fingerprints", "certificates"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
     def _check(self, name: str, *kinds: type) -> None:
         value = getattr(self, name)
@@ -74,7 +79,8 @@ class Provenance:
     def __reduce__(self) -> tuple[object, ...]:
         """Copy and pickle by value: a mapping proxy can do neither."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values["fingerprints"] = dict(self.fingerprints)
+        for name in ("fingerprints", "certificates"):
+            values[name] = dict(values[name])
         return _rebuild, (values,)
 
 

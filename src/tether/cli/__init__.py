@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tether.cli import combine, convert, evaluate, inspect, merge, train
+from tether.cli import anchors, combine, convert, evaluate, inspect, merge, train
 from tether.cli.console import show_error
 
 app = typer.Typer(
@@ -15,7 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for _command in (train, evaluate, convert, combine, merge, inspect):
+for _command in (train, anchors, evaluate, convert, combine, merge, inspect):
     app.command(_command.NAME)(_command.command)
 
 

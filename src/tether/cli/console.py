@@ -29,6 +29,9 @@ from tether.training.report import Reporter
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object instead of tables.")
 ]
+CacheOption = Annotated[
+    bool, typer.Option("--cache/--no-cache", help="Keep anchors in the user's cache.")
+]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 # Wide enough for the paths of sites where there is no terminal to fit into.

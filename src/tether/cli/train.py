@@ -14,6 +14,7 @@ from rich.table import Table
 from tether import methods
 from tether.cli.console import (
     Bars,
+    CacheOption,
     DebugOption,
     JsonOption,
     err,
@@ -22,8 +23,8 @@ from tether.cli.console import (
     print_json,
     use_all_cores,
 )
+from tether.cli.lora import FIELDS, lora_fields
 from tether.config import LoraConfig
-from tether.errors import ConfigError
 from tether.training import run as runs
 from tether.training.run import Run
 from tether.training.settings import Settings
@@ -31,24 +32,9 @@ from tether.training.settings import Settings
 NAME = "train"
 # Steps of a run that names neither data nor length: a first look in a few minutes.
 _FIRST_LOOK = 40
-_LORA = {
-    "init": "init",
-    "rank": "rank",
-    "alpha": "alpha",
-    "rslora": "use_rslora",
-    "dropout": "dropout",
-    "target": "target_modules",
-    "exclude": "exclude_modules",
-    "layers": "layers_to_transform",
-    "rank_pattern": "rank_pattern",
-    "alpha_pattern": "alpha_pattern",
-    "dora": "use_dora",
-    "bias": "bias",
-    "save_module": "modules_to_save",
-    "after": "after_save",
-}
 _WRITTEN = (runs.ADAPTER, runs.LORA, runs.CHECKPOINT, runs.METRICS, runs.RUN)
-_NOT_SETTINGS = {"out_dir", "verify", "resume", "overwrite", "json_", "debug", *_LORA}
+_NOT_SETTINGS = {"out_dir", "verify", "resume", "overwrite", "cache", "json_", "debug"}
+_NOT_SETTINGS |= set(FIELDS)
 
 
 def command(
@@ -133,6 +119,7 @@ def command(
     verify: Annotated[
         bool, typer.Option(help="With --resume: check that the base is the same.")
     ] = True,
+    cache: CacheOption = True,
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -151,8 +138,8 @@ def command(
             values = {k: v for k, v in context.params.items() if k not in _NOT_SETTINGS}
             if data is None and steps is None and "epochs" not in _given(context):
                 values["steps"] = _FIRST_LOOK
-            settings = Settings(**values, lora=LoraConfig(**_lora(context.params), seed=seed))
-            run = runs.prepare(settings, out_dir, overwrite=overwrite, reporter=bars)
+            settings = Settings(**values, lora=LoraConfig(**lora_fields(context.params), seed=seed))
+            run = runs.prepare(settings, out_dir, overwrite=overwrite, reporter=bars, cache=cache)
         first = run.step
         with _interruptible() as stop:
             runs.execute(run, stop)
@@ -164,24 +151,6 @@ def command(
             raise typer.Exit(130)
 
 
-def _lora(params: dict[str, Any]) -> dict[str, Any]:
-    """The options of the adapter as fields of LoraConfig, without those left out."""
-    values = {_LORA[option]: value for option, value in params.items() if option in _LORA}
-    for field, number in (("rank_pattern", int), ("alpha_pattern", float)):
-        if values.get(field):
-            values[field] = dict(_pair(field, text, number) for text in values[field])
-    return {field: value for field, value in values.items() if value not in (None, [], ())}
-
-
-def _pair(field: str, text: str, number: type[int] | type[float]) -> tuple[str, int | float]:
-    name, _, value = text.rpartition("=")
-    try:
-        return name, number(value)
-    except ValueError:
-        option = "--" + field.replace("_", "-")
-        raise ConfigError(f"{option}: {text!r} is not NAME=NUMBER, such as k_proj=8.") from None
-
-
 def _given(context: typer.Context) -> dict[str, Any]:
     """The settings that were typed, as opposed to defaults."""
     given = {
@@ -190,7 +159,7 @@ def _given(context: typer.Context) -> dict[str, Any]:
         if getattr(context.get_parameter_source(name), "name", "DEFAULT") != "DEFAULT"
     }
     result = {name: value for name, value in given.items() if name not in _NOT_SETTINGS}
-    return result | {f"lora.{field}": value for field, value in _lora(given).items()}
+    return result | {f"lora.{field}": value for field, value in lora_fields(given).items()}
 
 
 @dataclass(slots=True)

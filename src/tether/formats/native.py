@@ -100,6 +100,7 @@ def provenance_to_dict(provenance: Provenance) -> dict[str, Json]:
     values["fingerprints"] = {
         k: dataclasses.asdict(v) | {"shape": list(v.shape)} for k, v in prints.items()
     }
+    values["certificates"] = {k: dataclasses.asdict(v) for k, v in provenance.certificates.items()}
     return values
 
 

@@ -18,7 +18,7 @@ from tether.errors import (
 )
 from tether.formats import container
 from tether.formats.native import FORMAT, VERSION, digest, digest_texts
-from tether.linalg import check_finite
+from tether.linalg import Certificate, check_finite
 from tether.provenance import Fingerprint, Provenance
 from tether.value import Adapter, Factors, Json, LayerAdapter, Layout, Trained
 
@@ -183,6 +183,7 @@ def _decode_layer(site: str, entry: dict[str, Json], tensors: dict[str, Tensor])
 
 
 def _decode_provenance(fields: dict[str, Json]) -> Provenance:
+    fields = {"certificates": {}} | fields  # which the first files of version 2 lack
     fields = _exactly(fields, *(f.name for f in dataclasses.fields(Provenance)))
     prints = {}
     for site, item in _get(fields, "fingerprints", dict).items():
@@ -204,6 +205,25 @@ def _decode_provenance(fields: dict[str, Json]) -> Provenance:
         learning_rate=_optional(fields, "learning_rate", float),
         steps=_optional(fields, "steps", int),
         fingerprints=prints,
+        certificates={
+            site: _decode_certificate(item)
+            for site, item in _get(fields, "certificates", dict).items()
+        },
+    )
+
+
+def _decode_certificate(item: Json) -> Certificate:
+    entry = _exactly(item, *(f.name for f in dataclasses.fields(Certificate)))
+    texts = {name: _get(entry, name, str) for name in ("route", "fallback")}
+    for name, text in texts.items():
+        if not text.isprintable():  # it is shown to people
+            raise ConfigError(f"field {name!r} is no plain text.")
+    return Certificate(
+        route=texts["route"],
+        product_error=_get(entry, "product_error", float),
+        excess=_get(entry, "excess", float),
+        unique=_get(entry, "unique", bool),
+        fallback=texts["fallback"],
     )
 
 

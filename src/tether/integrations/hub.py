@@ -44,6 +44,32 @@ def load_model(name: str, dtype: torch.dtype, device: str) -> nn.Module:
         return model.to(device).eval()
 
 
+def skeleton(name: str) -> nn.Module:
+    """The modules of a language model without their values, from its config.json alone.
+
+    Args:
+        name: a folder: of a hub model, the one that `fetch` returns.
+
+    Returns:
+        a transformers model on the meta device: the causal language model, or, where its kind has
+        none, the model without a head.
+
+    Raises:
+        ModelError: there is no config.json that transformers knows, with the reason.
+        MissingExtraError: transformers is not installed.
+    """
+    transformers = import_transformers()
+    _check_folder(name)
+    with quietly(transformers), _named(name), torch.device("meta"):
+        config = transformers.AutoConfig.from_pretrained(
+            name, trust_remote_code=False, local_files_only=True
+        )
+        known = type(config) in transformers.AutoModelForCausalLM._model_mapping
+        kind = transformers.AutoModelForCausalLM if known else transformers.AutoModel
+        model: nn.Module = kind.from_config(config, trust_remote_code=False)
+        return model.eval()
+
+
 def load_tokenizer(name: str) -> Any:
     """Load the tokenizer of a model.
 

@@ -101,7 +101,9 @@ class Run:
         log.write_record(self.out, record)
 
 
-def prepare(settings: Settings, out: Path, *, overwrite: bool, reporter: Reporter) -> Run:
+def prepare(
+    settings: Settings, out: Path, *, overwrite: bool, reporter: Reporter, cache: bool = True
+) -> Run:
     """Load everything for a new run and write its start.
 
     Args:
@@ -109,6 +111,7 @@ def prepare(settings: Settings, out: Path, *, overwrite: bool, reporter: Reporte
         out: folder of its files.
         overwrite: whether a run that is there may be replaced.
         reporter: shows progress.
+        cache: whether anchors are looked for and kept in the user's cache.
 
     Returns:
         a run at step 0.
@@ -126,7 +129,7 @@ def prepare(settings: Settings, out: Path, *, overwrite: bool, reporter: Reporte
     settings = replace(settings, **_absolute({n: getattr(settings, n) for n in _PATHS}))
     model, tokenizer, data, held_out = load_all(settings, reporter)
     with reporter.task("Finding the anchors") as task:
-        adapter = init(model, settings.lora, progress=task)
+        adapter = init(model, settings.lora, cache=cache, progress=task)
     torch.manual_seed(settings.seed)
     # Just made from this very model: nothing to verify.
     handle = attach(model, adapter, verify=False)

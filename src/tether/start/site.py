@@ -1,0 +1,166 @@
+"""The start of one site: out of the cache, or found by the method and kept there."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tether import linalg, whole
+from tether.cache import AnchorCache, Entry, Key
+from tether.config import LoraConfig, Plan
+from tether.errors import ConfigError, ShapeMismatchError, TetherError
+from tether.fingerprints import fingerprint_tensor, sha256
+from tether.linalg import Certificate
+from tether.methods import Context, Method
+from tether.provenance import Fingerprint
+from tether.value import Factors, LayerAdapter, Layout
+
+# Values of a weight below which finding its anchor costs no more than looking it up.
+_CACHED = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One site whose start is to be found.
+
+    Attributes:
+        plan: the site, its rank and scaling.
+        read: gives the weight as stored; called once, when its turn has come.
+    """
+
+    plan: Plan
+    read: Callable[[], Tensor]
+
+    @property
+    def path(self) -> str:
+        """Of the site."""
+        return self.plan.site.path
+
+    @property
+    def cost(self) -> int:
+        """About how long it takes, beside other jobs."""
+        layout = self.plan.site.layout
+        small, large = sorted((layout.out_features, layout.in_features))
+        return small * large * min(small, 16 * self.plan.rank)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Start:
+    """What was found for a site.
+
+    Attributes:
+        layer: the start of the adapter there.
+        fingerprint: of the base weight.
+        certificate: of the decomposition, if the method has one.
+        cached: whether it came out of the cache.
+    """
+
+    layer: LayerAdapter
+    fingerprint: Fingerprint
+    certificate: Certificate | None
+    cached: bool
+
+
+@torch.no_grad()
+def find_start(job: Job, config: LoraConfig, cache: AnchorCache | None) -> Start:
+    """Find the start of one site.
+
+    Args:
+        job: the site.
+        config: the method and the rest of what applies to all sites.
+        cache: where to look and what to add to; None to do neither.
+
+    Returns:
+        the start.
+
+    Raises:
+        WeightError: the weight is NaN or Inf.
+        TetherError: of the method, naming the site.
+    """
+    method, layout = config.method, job.plan.site.layout
+    weight = job.read()
+    if not (method.lifts and cache is not None and weight.numel() >= _CACHED):
+        found = _compute(job, weight, layout, config, None)
+    else:
+        digest = sha256(weight)
+        dtype = str(weight.dtype).removeprefix("torch.")
+        seed = seed_for(config.seed, job.path)
+        key = Key.of(digest, tuple(weight.shape), dtype, layout.kind, method, seed)
+        entry = cache.find(key, job.plan.rank, job.plan.scaling, method)
+        if entry is None:
+            found = _compute(job, weight, layout, config, digest)
+            cache.store(key, found)
+        else:
+            return _start(job, weight, config, entry, cached=True)
+    return _start(job, weight, config, found, cached=False)
+
+
+def seed_for(seed: int, name: str) -> int:
+    """A seed for one of many uses, that does not depend on the others.
+
+    Args:
+        seed: the user's.
+        name: of the use, such as a site's path.
+
+    Returns:
+        63 bits.
+    """
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _start(job: Job, weight: Tensor, config: LoraConfig, found: Entry, cached: bool) -> Start:
+    method, layout = config.method, job.plan.site.layout
+    anchor = found.factors if method.lifts else None
+    trainable = found.factors.zeros_like() if method.lifts else found.factors
+    magnitude = whole.row_lengths(layout.matrix(weight)) if config.use_dora else None
+    scaling, dropout = job.plan.scaling, float(config.dropout)
+    layer = LayerAdapter(trainable, anchor, scaling, layout, dropout, magnitude)
+    return Start(layer, found.fingerprint, found.certificate, cached)
+
+
+def _compute(
+    job: Job, weight: Tensor, layout: Layout, config: LoraConfig, digest: str | None
+) -> Entry:
+    label = f"site {job.path!r}"
+    # float64 is checked as what is decomposed: values beyond float32 are infinite there.
+    checked = weight.float() if weight.dtype == torch.float64 else weight
+    linalg.check_finite(checked, f"{label}: weight {tuple(weight.shape)}")
+    method, rank = config.method, job.plan.rank
+    matrix = layout.matrix(weight)
+    if not getattr(method, "any_dtype", False):
+        matrix = matrix.float()
+    generator = torch.Generator().manual_seed(seed_for(config.seed, job.path))
+    state = generator.get_state()
+    certificates: list[Certificate] = []
+    context = Context(job.path, job.plan.scaling, generator, certificates.append)
+    try:
+        factors = method.start(matrix, rank, context)
+    except TetherError as error:
+        raise type(error)(f"{label}: {error}") from error
+    if getattr(method, "deterministic", False) and not torch.equal(state, generator.get_state()):
+        raise ConfigError(
+            f"{label}: method {method.name!r} says that it is deterministic, and used the "
+            "generator. Its starts would be cached for all seeds; drop one of the two."
+        )
+    factors = _checked(factors, method, rank, tuple(matrix.shape), label)
+    certificate = certificates[-1] if certificates else None
+    origin = fingerprint_tensor(weight, digest)
+    return Entry(factors, job.plan.scaling, origin, certificate)
+
+
+def _checked(
+    factors: Factors, method: Method, rank: int, shape: tuple[int, ...], label: str
+) -> Factors:
+    """What a method gave, on the CPU; raise if it is not what a start must be."""
+    if (factors.rank, factors.shape) != (rank, shape):
+        raise ShapeMismatchError(
+            f"{label}: method {method.name!r} gave factors of rank {factors.rank} for a "
+            f"matrix {factors.shape}; wanted rank {rank} for {shape}."
+        )
+    factors = Factors(factors.A.cpu().contiguous(), factors.B.cpu().contiguous())
+    for name, factor in (("A", factors.A), ("B", factors.B)):
+        linalg.check_finite(factor, f"{label}: factor {name} of method {method.name!r}")
+    return factors

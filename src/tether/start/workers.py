@@ -1,0 +1,59 @@
+"""Many sites at once: threads, each with its share of torch's own."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+
+import torch
+
+from tether.start.site import Job, Start
+from tether.value import Progress
+
+
+def find_all(
+    jobs: Sequence[Job],
+    find: Callable[[Job], Start],
+    workers: int,
+    progress: Progress | None = None,
+) -> dict[str, Start]:
+    """Find the starts of many sites, the most expensive first.
+
+    torch leaves Python's lock while it computes, so threads are enough, and nothing is copied.
+    Within a site the matrices are too small for many threads: one thread a site does more.
+
+    Args:
+        jobs: the sites.
+        find: gives the start of one.
+        workers: sites at a time; as many weights are in memory.
+        progress: called with (sites done, sites in all) after each, in the caller's thread.
+
+    Returns:
+        path -> start, in the order of the jobs.
+
+    Raises:
+        TetherError: the first that a site raised; the sites not yet begun are left alone.
+    """
+    workers = min(workers, len(jobs))
+    if workers <= 1:
+        found = {}
+        for done, job in enumerate(jobs, start=1):
+            found[job.path] = find(job)
+            if progress is not None:
+                progress(done, len(jobs))
+        return found
+    threads = torch.get_num_threads()
+    share = max(1, threads // workers)
+    # Each of torch's settings below is the calling thread's own.
+    pool = ThreadPoolExecutor(workers, "tether", torch.set_num_threads, (share,))
+    try:
+        ordered = sorted(jobs, key=lambda job: -job.cost)
+        futures: dict[Future[Start], str] = {pool.submit(find, job): job.path for job in ordered}
+        found = {}
+        for future in as_completed(futures):
+            found[futures[future]] = future.result()
+            if progress is not None:
+                progress(len(found), len(jobs))
+    finally:
+        pool.shutdown(cancel_futures=True)
+        # New threads take over what was set last.
+        torch.set_num_threads(threads)
+    return {job.path: found[job.path] for job in jobs}
