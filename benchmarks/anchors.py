@@ -7,7 +7,6 @@ the weight; they also subtract B·A from the weight, which costs next to nothing
     python benchmarks/anchors.py [--rows "pissa*"] [--repeats 3] [--output FILE] [--shrink 64]
 """
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -28,6 +27,7 @@ from weights import Matrix
 
 from tether import linalg
 from tether.integrations import smollm2
+from tether.linalg import Certificate
 
 HOW = "weight to A and B. tether: `{ours}`; peft: `{theirs}` of its layer, residual included"
 PRODUCTS = "the products of the weight that our run made, alone"
@@ -82,25 +82,24 @@ WORKS = (
     ),
     Work("pissa 2048² r16", "2048×2048"),
 )
-# A certificate speaks of the decomposition; its factors are then rounded to float32.
+# A certificate is an estimate, within a factor of 3 of the truth. It speaks of the decomposition;
+# the factors are then rounded to float32.
+FACTOR = 3
 ROUNDING = {"product error": 5e-7, "excess": 1e-12}
 # What is at least wanted of the row beside niter_16 where passes are made in bfloat16.
 BFLOAT16_AT_LEAST = 2.5
 
 
-def decompose(weight: Tensor, work: Work) -> tuple[Tensor, Tensor, Any]:
+def decompose(weight: Tensor, work: Work) -> tuple[Tensor, Tensor, Certificate | None]:
     """Our side: B, A, and the certificate if there is one."""
     if work.peft == "olora":
         return *linalg.leading_qr(weight, work.rank), None
-    options = {"criterion": work.criterion}
-    if "criterion" not in inspect.signature(linalg.top_svd).parameters:
-        options = {}
-    svd = linalg.top_svd(weight, work.rank, work.tolerance, **options)
+    svd = linalg.top_svd(weight, work.rank, work.tolerance, criterion=work.criterion)
     root = svd.s.sqrt()
-    return svd.u * root, root[:, None] * svd.vt, getattr(svd, "certificate", None)
+    return svd.u * root, root[:, None] * svd.vt, svd.certificate
 
 
-def certified(certificate: Any, measured: dict[str, float]) -> dict[str, str]:
+def certified(certificate: Certificate | None, measured: dict[str, float]) -> dict[str, str]:
     """What a result says of itself, and whether that is true.
 
     Args:
@@ -108,18 +107,20 @@ def certified(certificate: Any, measured: dict[str, float]) -> dict[str, str]:
         measured: the errors that were measured.
 
     Returns:
-        notes; with "broken" if an error is larger than certified.
+        notes; with "broken" if an error is larger than the estimate allows.
     """
-    names = ("route", "product_error", "excess", "unique", "fallback")
-    said = {name.replace("_", " "): getattr(certificate, name, None) for name in names}
-    notes = {}
-    for name, value in said.items():
-        if isinstance(value, float):
-            notes[f"certified {name}"] = f"{value:.1e}"
-            if measured[name] > value + ROUNDING[name]:
-                notes[measure.BROKEN] = f"of {name} {value:.1e}, measured {measured[name]:.1e}"
-        elif value is not None:
-            notes[name] = str(value)
+    if certificate is None:
+        return {}
+    notes = {"route": certificate.route, "unique": "yes" if certificate.unique else "no"}
+    if certificate.fallback:
+        notes["fallback"] = certificate.fallback
+    estimates = {"product error": certificate.product_error, "excess": certificate.excess}
+    for name, value in estimates.items():
+        notes[f"estimated {name}"] = f"{value:.1e}"
+        # Where many products are equally good, how far ours is from one of them means nothing.
+        counts = certificate.unique or name == "excess"
+        if counts and not measured[name] <= FACTOR * value + ROUNDING[name]:
+            notes[measure.BROKEN] = f"of {name} {value:.1e}, measured {measured[name]:.1e}"
     return notes
 
 

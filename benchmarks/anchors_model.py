@@ -8,7 +8,6 @@ model it is given, so it gets a fresh copy every time.
 
 import copy
 import hashlib
-import inspect
 import os
 import tempfile
 import warnings
@@ -46,15 +45,9 @@ def config(rank: int, init: str = "pissa") -> Any:
     )
 
 
-def can_cache() -> bool:
-    """Whether this version keeps anchors."""
-    return "cache" in inspect.signature(tether.init).parameters
-
-
 def init(model: nn.Module, rank: int, cache: bool) -> tether.Adapter:
     """Our side."""
-    options: dict[str, Any] = {"cache": cache} if can_cache() else {}
-    return tether.init(model, tether.LoraConfig(init="pissa", rank=rank), **options)
+    return tether.init(model, tether.LoraConfig(init="pissa", rank=rank), cache=cache)
 
 
 def peft_factors(model: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
@@ -206,14 +199,14 @@ def load_row(model: nn.Module, rank: int, repeats: int) -> Row:
 @contextmanager
 def cache_in(folder: str) -> Iterator[None]:
     """Keep anchors in a folder of one's own."""
-    before = os.environ.get("TETHER_CACHE")
+    names = ("TETHER_CACHE", "TETHER_NO_CACHE")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
     os.environ["TETHER_CACHE"] = folder
     try:
         yield
     finally:
         del os.environ["TETHER_CACHE"]
-        if before is not None:
-            os.environ["TETHER_CACHE"] = before
+        os.environ.update(before)
 
 
 def same(one: tether.Adapter, other: tether.Adapter) -> dict[str, float]:
@@ -264,15 +257,12 @@ def measured(
 ) -> list[Row]:
     """The rows whose names fit; the record is written anew after each."""
     rows: list[Row] = []
-    left_out = [] if can_cache() else ["second init: this version keeps no anchors."]
     for name, row_of in ROWS.items():
-        if fnmatch(name, pattern) and (name != "cache" or can_cache()):
+        if fnmatch(name, pattern):
             measure.say(name)
             rows.append(row_of(model, rank, repeats))
             if output is not None:
-                measure.record(rows, output, left_out)
-    for reason in left_out:
-        measure.say(f"left out: {reason}")
+                measure.record(rows, output)
     return rows
 
 

@@ -1,10 +1,10 @@
 """Turns, clocks, products and verdicts."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+
+from tether.linalg import Certificate
 
 
 def test_products_with_the_weight_are_seen_whatever_copy_they_use(script):
@@ -118,14 +118,28 @@ def test_the_ratio_is_of_medians_and_by_the_targets_clock(row):
 
 def test_a_result_that_is_worse_than_certified_is_a_miss(script, row):
     anchors = script("anchors")
-    certificate = SimpleNamespace(
-        route="lanczos", product_error=1e-6, excess=None, unique=True, fallback=None
-    )
-    good = anchors.certified(certificate, {"product error": 1e-6, "excess": 1.0})
-    assert good == {"route": "lanczos", "certified product error": "1.0e-06", "unique": "True"}
-    bad = anchors.certified(certificate, {"product error": 3e-6, "excess": 0.0})
+    certificate = Certificate("gram", 1e-5, 1e-9, unique=True)
+    # An estimate, within a factor of 3.
+    good = anchors.certified(certificate, {"product error": 2.9e-5, "excess": 2.9e-9})
+    assert row(notes=good).verdict() == ""
+    assert good == {
+        "route": "gram",
+        "unique": "yes",
+        "estimated product error": "1.0e-05",
+        "estimated excess": "1.0e-09",
+    }
+    bad = anchors.certified(certificate, {"product error": 4e-5, "excess": 0.0})
     assert row(notes=bad).verdict() == "missed"
-    assert row(notes=bad).misses() == [
-        "certificate of product error 1.0e-06, measured 3.0e-06",
-    ]
-    assert anchors.certified(None, {}) == {}
+    assert row(notes=bad).misses() == ["certificate of product error 1.0e-05, measured 4.0e-05"]
+    worse = anchors.certified(certificate, {"product error": 0.0, "excess": float("nan")})
+    assert row(notes=worse).misses() == ["certificate of excess 1.0e-09, measured nan"]
+
+
+def test_no_product_is_promised_where_many_are_equally_good(script):
+    certified = script("anchors").certified
+    certificate = Certificate("dense", 1e-7, 1e-12, unique=False, fallback="why")
+    notes = certified(certificate, {"product error": 1.0, "excess": 0.0})
+    assert (notes["unique"], notes["fallback"]) == ("no", "why")
+    assert "broken" not in notes
+    assert "broken" in certified(certificate, {"product error": 0.0, "excess": 1e-9})
+    assert certified(None, {}) == {}

@@ -121,10 +121,12 @@ def test_loading_gives_the_outputs_that_were_saved(script, tiny_smollm2):
 
 def test_the_second_init_finds_what_the_first_kept(script, tiny_smollm2, monkeypatch):
     model, cache = script("anchors_model"), os.environ["TETHER_CACHE"]
+    monkeypatch.setenv("TETHER_NO_CACHE", "1")
     started, seen = tether.init(tiny_smollm2, tether.LoraConfig(rank=3)), []
 
     def keeping(_model, _rank, cache):
         if cache:
+            assert "TETHER_NO_CACHE" not in os.environ
             place = Path(os.environ["TETHER_CACHE"])
             seen.append((place, (place / "kept").exists()))
             (place / "kept").touch()
@@ -135,24 +137,18 @@ def test_the_second_init_finds_what_the_first_kept(script, tiny_smollm2, monkeyp
     # Two turns by each clock: a folder of its own each time, empty for the first only.
     assert [kept for _, kept in seen] == [False, True] * 4
     assert len({place for place, _ in seen}) == 4
-    assert os.environ["TETHER_CACHE"] == cache
+    assert (os.environ["TETHER_CACHE"], os.environ["TETHER_NO_CACHE"]) == (cache, "1")
     assert (found.ours, found.theirs) == ("tether", "first init")
     assert found.sides["tether"].accuracy == {"difference": 0.0}
 
 
-@pytest.mark.parametrize("can", [True, False])
-def test_rows_of_a_model_are_kept_and_what_is_left_out_is_said(
-    script, row, can, tmp_path, monkeypatch, capsys
-):
+def test_rows_of_a_model_are_chosen_and_kept(script, row, tmp_path, monkeypatch):
     model, output = script("anchors_model"), tmp_path / "m.json"
-    monkeypatch.setattr(model, "can_cache", lambda: can)
     monkeypatch.setattr(model, "ROWS", dict.fromkeys(model.ROWS, lambda *_: row()))
-    rows = model.measured(nn.Linear(2, 2), "*", 1, 1, output)
-    record = json.loads(output.read_text("utf-8"))
-    assert len(rows) == len(record["rows"]) == (3 if can else 2)
-    assert bool(record["left_out"]) is not can
-    assert ("left out: second init" in capsys.readouterr().err) is not can
-    assert len(model.measured(nn.Linear(2, 2), "load", 1, 1, None)) == 1
+    assert len(model.measured(nn.Linear(2, 2), "*", 1, 1, output)) == 3
+    assert len(json.loads(output.read_text("utf-8"))["rows"]) == 3
+    assert len(model.measured(nn.Linear(2, 2), "load", 1, 1, output)) == 1
+    assert len(json.loads(output.read_text("utf-8"))["rows"]) == 1
 
 
 def test_imports_are_timed_in_fresh_processes(script):
