@@ -19,7 +19,7 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/pydoclint -q src
 
-# Half an hour on two cores that nothing else uses.
+# Under half an hour on two cores that nothing else uses.
 BENCHES := import_time anchors anchors_model
 bench: $(VENV)/installed
 	for name in $(BENCHES); do \

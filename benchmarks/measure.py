@@ -5,6 +5,7 @@ changes, and seconds on the wall at all threads. In each turn every side does th
 more often where it is short; the sides take turns, so that a slow minute hits all of them.
 """
 
+import gc
 import json
 import os
 import platform
@@ -184,14 +185,18 @@ def run(
             for name, contender in contenders.items():
                 seconds, results[name] = _one_turn(contender, clock)
                 getattr(sides[name], clock).extend(seconds)
-                say(f"  {clock}, {threads} threads, {turn}/{repeats}: {name} {min(seconds):.4g} s")
+                say(
+                    f"  {clock}, threads {threads}, turn {turn} of {repeats}: {name} {min(seconds):.4g} s"
+                )
     return sides, results
 
 
 def _one_turn(contender: Contender, clock: str) -> tuple[list[float], Any]:
     now = time.process_time if clock == "cpu" else time.perf_counter
     seconds: list[float] = []
+    gc.collect()  # not in the time of the next side
     while not seconds or (sum(seconds) < ENOUGH_SECONDS and len(seconds) < MOST_CALLS):
+        result = None  # what the last call gave goes now, not when the next returns
         given = contender.prepare()
         began = now()
         result = contender.work(given)
@@ -257,8 +262,9 @@ def show(rows: Iterable[Row], console: Console | None = None) -> None:
     table = Table("work", "side", "CPU s, 1 thread", "wall s", "ratio", "wanted, aim", "accuracy")
     chosen = list(rows)
     for row in chosen:
-        for name, side in row.sides.items():
-            ours = name == row.ours
+        first = (row.ours, row.theirs)
+        for name in (*first, *(other for other in row.sides if other not in first)):
+            ours, side = name == row.ours, row.sides[name]
             table.add_row(
                 row.name if ours else "",
                 name,

@@ -53,6 +53,10 @@ class Products(TorchDispatchMode):
         place = tensor.untyped_storage().data_ptr()
         return any(known.untyped_storage().data_ptr() == place for known in self._known)
 
+    def forget(self) -> None:
+        """Let go of the copies; what was found stays."""
+        self._known.clear()
+
     def dtypes(self) -> set[torch.dtype]:
         """The dtypes in which the weight was multiplied."""
         return {dtype for pair in self.found for _, _, dtype in pair}
@@ -79,6 +83,7 @@ def of(work: Callable[[], Any], weight: Tensor) -> Products:
     """
     with Products(weight) as seen:
         work()
+    seen.forget()
     return seen
 
 

@@ -1,5 +1,7 @@
 """Turns, clocks, products and verdicts."""
 
+import re
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -133,6 +135,21 @@ def test_a_result_that_is_worse_than_certified_is_a_miss(script, row):
     assert row(notes=bad).misses() == ["certificate of product error 1.0e-05, measured 4.0e-05"]
     worse = anchors.certified(certificate, {"product error": 0.0, "excess": float("nan")})
     assert row(notes=worse).misses() == ["certificate of excess 1.0e-09, measured nan"]
+
+
+def test_the_table_begins_each_row_with_our_side(script, row, capsys):
+    missed = row(ours=2.0, at_least=35, aim=60)
+    missed.sides = dict(reversed(missed.sides.items()))
+    script("measure").show([missed, row()])
+    printed = capsys.readouterr().out
+    lines = [re.split(r"\s*│\s*", line)[1:-1] for line in printed.splitlines() if "│" in line]
+    assert lines == [
+        ["work", "tether", "2", "1", "10 missed", "≥ 35, aim 60", ""],
+        ["", "peft", "20", "10", "", "", ""],
+        ["work", "tether", "1", "0.5", "20", "", ""],
+        ["", "peft", "20", "10", "", "", ""],
+    ]
+    assert "missed: work: 10 times as fast, at least 35 wanted" in printed
 
 
 def test_no_product_is_promised_where_many_are_equally_good(script):
