@@ -179,15 +179,16 @@ def run(
         the times, and the last result of each.
     """
     sides, results = {name: Side() for name in contenders}, {}
+    gc.freeze()  # the libraries' own objects, which make each collection slow
     for clock, threads in (("cpu", 1), ("wall", all_threads())):
         torch.set_num_threads(threads)
         for turn in range(1, repeats + 1):
             for name, contender in contenders.items():
                 seconds, results[name] = _one_turn(contender, clock)
                 getattr(sides[name], clock).extend(seconds)
-                say(
-                    f"  {clock}, threads {threads}, turn {turn} of {repeats}: {name} {min(seconds):.4g} s"
-                )
+                where = f"{clock}, threads {threads}, turn {turn} of {repeats}"
+                say(f"  {where}: {name} {min(seconds):.4g} s")
+    gc.unfreeze()
     return sides, results
 
 
