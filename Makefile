@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STEPS ?= 40
 EVAL_LIMIT ?= 32
 
-.PHONY: demo test check format clean
+.PHONY: demo test check bench format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python scripts/demo.py --steps $(STEPS) --eval-limit $(EVAL_LIMIT)
@@ -19,6 +19,14 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/pydoclint -q src
 
+# Under half an hour on two cores that nothing else uses.
+BENCHES := import_time anchors anchors_model
+bench: $(VENV)/installed
+	for name in $(BENCHES); do \
+	  $(BIN)/python benchmarks/$$name.py --output bench-out/$$name.json || exit 1; \
+	done
+	$(BIN)/python benchmarks/page.py $(BENCHES:%=bench-out/%.json) --output docs/benchmarks.md
+
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -31,4 +39,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) demo-out bench-out
