@@ -217,6 +217,11 @@ def test_a_cut_start_is_the_start_of_the_smaller_rank(method, shape, scaling):
         for factor, whole in ((found.A, large.A), (found.B, large.B)):
             assert factor.is_contiguous()
             assert factor.data_ptr() != whole.data_ptr()
+        columns = Factors(large.A.T.contiguous().T, large.B.T.contiguous().T)
+        again = method.cut(columns, rank, SCALING, scaling)
+        assert same(again, found)
+        assert again.A.is_contiguous()
+        assert again.B.is_contiguous()
 
 
 @nested
@@ -540,6 +545,7 @@ HOSTILE: dict[str, Callable[[Path], object]] = {
     "a folder": replaced(lambda path: path.mkdir()),
     "a pipe": replaced(os.mkfifo),
     "a dangling link": replaced(lambda path: path.symlink_to("nowhere")),
+    "a link to a folder": replaced(lambda path: path.symlink_to(path.parent)),
     "a link": pointed,
 }
 hostile = pytest.mark.parametrize("harm", HOSTILE.values(), ids=HOSTILE)
