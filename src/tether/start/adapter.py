@@ -77,8 +77,8 @@ def init(
         config: what to adapt and how; None for PiSSA of rank 16 on all linear layers.
         weights_from: folder of the base model, from which each weight is read when its turn comes:
             for models larger than memory.
-        workers: sites at a time, and weights in memory besides the model; None for as many as
-            torch has threads, and one at a time on a GPU.
+        workers: sites at a time, each in one thread, and weights in memory besides the model; None
+            for as many as torch has threads, and one at a time on a GPU.
         cache: look for anchors in the user's cache, and keep them there. TETHER_NO_CACHE=1
             switches it off everywhere.
         distributed: share the sites out over the ranks; False to work alone, as where only one
@@ -88,7 +88,7 @@ def init(
     Returns:
         the adapter at its start, ΔW = 0: displacement zero on an anchor, or B·A = 0; biases,
         magnitudes and whole modules at the base's own values. float32 on the CPU. Same seed, same
-        bits, whatever `workers` is; an anchor out of the cache may have been found on another
+        bits, whatever `workers` and torch's number of threads are; an anchor out of the cache may have been found on another
         machine, or with a larger rank, and then agrees within its certificate.
 
     Raises:
