@@ -51,6 +51,24 @@ def test_it_is_the_sha256_of_the_bytes_in_row_major_order():
     assert found.norm == pytest.approx(float(np.linalg.norm(values.astype("f8"))), rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_digest_that_is_known_is_taken_and_not_taken_again(dtype):
+    tensor = torch.randn(24, 36).to(dtype)
+    expected = fingerprint_tensor(tensor)
+    found = fingerprint_tensor(tensor, fingerprints.sha256(tensor))
+    assert (found, found.norm) == (expected, expected.norm)
+    own = {torch.bfloat16: "sha256_bfloat16", torch.float16: "sha256_float16"}.get(dtype)
+    given = {"sha256": "known"} | ({own: "known"} if own else {})
+    assert fingerprint_tensor(tensor, "known") == replace(expected, **given)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_its_digest_alone_is_that_of_the_fingerprint(dtype):
+    tensor = torch.randn(24, 36).to(dtype)
+    for name, other in layouts(tensor).items():
+        assert fingerprints.sha256(other) == fingerprint_tensor(tensor).sha256, name
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 864, 10**6])
 def test_the_size_of_a_piece_changes_nothing(chunk, monkeypatch):
     tensor = torch.randn(24, 36)
@@ -135,6 +153,31 @@ def test_another_weight_in_another_precision_does_not_pass(used):
     for other in (weights * 1.01, weights.reshape(20, 10), weights.flip(1)):
         with pytest.raises(BaseMismatchError):
             check_fingerprint("m", other.to(used), expected)
+
+
+def test_where_the_bytes_are_the_same_nothing_else_is_looked_at(monkeypatch):
+    tensor = torch.randn(10, 20)
+    expected = fingerprint_tensor(tensor)
+    looked = []
+
+    def spy(tensor: Tensor, sha256: str | None = None) -> Fingerprint:
+        looked.append(sha256)
+        return fingerprint_tensor(tensor, sha256)
+
+    monkeypatch.setattr(fingerprints, "fingerprint_tensor", spy)
+    check_fingerprint("m", tensor, expected)
+    check_fingerprint("m", expected, expected)
+    assert not looked
+    # In another precision the digest of its own bytes says nothing yet.
+    check_fingerprint("m", tensor.bfloat16(), expected)
+    assert looked == [None]
+    with pytest.raises(BaseMismatchError, match=r"float32 \(20, 10\)"):
+        check_fingerprint("m", tensor.reshape(20, 10), expected)
+    other = tensor.clone()
+    other[3, 4] += 1
+    with pytest.raises(BaseMismatchError, match=fingerprints.sha256(other)[:12]):
+        check_fingerprint("m", other, expected)
+    assert looked[1:] == [expected.sha256, fingerprints.sha256(other)]
 
 
 def test_a_mismatch_names_the_site_both_values_and_what_to_do():

@@ -92,6 +92,44 @@ def test_orthogonal_factors_act_in_separate_halves_of_the_rank(rank, std):
             assert float(values.std()) == pytest.approx(std, rel=0.1)
 
 
+@pytest.mark.parametrize("name", methods.names())
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_weight_of_any_dtype_gives_the_start_of_its_float32_values(name, dtype):
+    """As the class says; 300 is beyond what is decomposed densely."""
+    assert methods.get(name).any_dtype
+    weight = torch.randn(320, 300).to(dtype)
+    found, expected = start(name, weight, 4), start(name, weight.float(), 4)
+    for one, other in ((found.A, expected.A), (found.B, expected.B)):
+        assert one.dtype == torch.float32
+        if dtype == torch.float64:
+            # Where float64 is decomposed as it is, the rest is the rounding of float32.
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-4)
+        else:
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_deterministic_method_draws_nothing_and_the_others_do(name):
+    weight, starts, moved = torch.randn(320, 300), [], []
+    for seed in (0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        before = generator.get_state()
+        starts.append(methods.get(name).start(weight, 4, Context(f"site {seed}", 1.0, generator)))
+        moved.append(not torch.equal(before, generator.get_state()))
+    says = getattr(methods.get(name), "deterministic", False)
+    assert says == (name in LIFTING)
+    assert moved == [not says] * 2
+    assert torch.equal(starts[0].A, starts[1].A) is says
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_the_certificate_of_the_decomposition_is_recorded_by_pissa(name):
+    recorded = []
+    context = Context("site", SCALING, torch.Generator().manual_seed(0), recorded.append)
+    methods.get(name).start(torch.randn(24, 16), 3, context)
+    assert [c.route for c in recorded] == (["dense"] if name == "pissa" else [])
+
+
 @pytest.mark.parametrize("name", ["pissa", "milora"])
 def test_the_tolerance_of_the_decomposition_is_the_methods_own(name):
     with pytest.raises(errors.ConvergenceError, match="exceeds tolerance 0"):

@@ -9,13 +9,18 @@ from pathlib import Path
 import pytest
 
 import tether
+from start.cases import counting
+from start.conftest import anchors
 from tether.integrations import smollm2
+from tether.start import site
 from tether.training import log
 from tether.training.loop import Step
 from tether.training.settings import Settings
 from training.files import everything, metrics
 
 from .conftest import SHORT, invoke, start, succeed, succeed_json
+
+__all__ = ["anchors"]
 
 WRITTEN = ("adapter.safetensors", "lora", "checkpoint.safetensors", "metrics.jsonl", "run.json")
 
@@ -116,6 +121,25 @@ def test_a_bias_setting_reaches_the_model(model_folder, text_file, tmp_path):
     result = invoke("train", model_folder, "--data", text_file, *options)
     assert result.exit_code == 2
     assert "bias='all': no such module of the model has a bias" in result.stderr
+
+
+def test_anchors_are_kept_for_the_next_run_unless_told_not_to(
+    model_folder, text_file, tmp_path, anchors, monkeypatch
+):
+    monkeypatch.setattr(site, "_CACHED", 1)  # the model's weights are tiny
+    command = ("train", model_folder, "--data", text_file, "--steps", "1", *SHORT)
+    succeed_json(*command, "--out", tmp_path / "without", "--no-cache")
+    assert not anchors.exists()
+    succeed_json(*command, "--out", tmp_path / "first")
+    assert len(list(anchors.rglob("*.safetensors"))) == 14
+    with counting() as calls:
+        succeed_json(*command, "--out", tmp_path / "second")
+    assert not calls
+    with counting() as calls:
+        succeed_json(*command, "--out", tmp_path / "again", "--no-cache")
+    assert len(calls) == 14
+    whole = everything(tmp_path / "without")
+    assert all(everything(tmp_path / out) == whole for out in ("first", "second", "again"))
 
 
 def test_without_a_model_and_data_it_is_a_first_look_at_the_default(

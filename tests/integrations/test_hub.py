@@ -45,6 +45,34 @@ def test_a_model_comes_in_eval_mode_and_its_dtype_without_a_word(dtype, model_fo
     assert transformers.utils.logging.is_progress_bar_enabled()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_skeleton_is_the_model_without_its_values(dtype, model_folder, copied, capfd):
+    hub.load_model(str(model_folder), dtype, "cpu").save_pretrained(copied)
+    capfd.readouterr()
+    levels = transformers.utils.logging.get_verbosity()
+    model, empty = load(copied)[1], hub.skeleton(str(copied))
+    assert type(empty) is type(model)
+    assert not empty.training
+    assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    assert {name: parameter.shape for name, parameter in empty.named_parameters()} == shapes
+    assert empty.config._name_or_path == str(copied)
+    assert torch.empty(0).device.type == "cpu"
+    assert capfd.readouterr() == ("", "")
+    assert transformers.utils.logging.get_verbosity() == levels
+
+
+def test_a_skeleton_needs_no_weights(copied):
+    (copied / "model.safetensors").unlink()
+    assert isinstance(hub.skeleton(str(copied)), transformers.LlamaForCausalLM)
+
+
+def test_a_model_that_is_no_language_model_is_its_own_skeleton(tmp_path):
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    transformers.ViTConfig(**small, num_attention_heads=2).save_pretrained(tmp_path)
+    assert isinstance(hub.skeleton(str(tmp_path)), transformers.ViTModel)
+
+
 def kind(name: str, base: type[Exception] = OSError) -> type[Exception]:
     """An exception class as huggingface_hub has it."""
     return type(name, (base,), {})
@@ -93,7 +121,7 @@ def test_too_little_memory_is_said_so(model_folder, monkeypatch):
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./none", "../none", "~/none", "a/b/c"])
 def test_a_missing_folder_is_not_looked_for_on_the_hub(name):
-    for call in (hub.fetch, *LOADERS):
+    for call in (hub.fetch, hub.skeleton, *LOADERS):
         with pytest.raises(ModelError, match=f"^{name}: no such folder"):
             call(name)
 
@@ -197,6 +225,25 @@ def test_a_folder_that_is_no_safe_model_is_refused(damage, words, copied, monkey
     assert not (copied / "ran").exists()
 
 
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (foreign_code, "code"),
+        (lambda folder: (folder / "config.json").write_text("{"), "config"),
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+    ],
+)
+def test_a_folder_that_tells_no_known_architecture_has_no_skeleton(
+    damage, words, copied, monkeypatch
+):
+    monkeypatch.chdir(copied)
+    damage(copied)
+    with pytest.raises(ModelError, match=rf"^{copied}: .*(?i:{words})"):
+        hub.skeleton(str(copied))
+    assert not (copied / "ran").exists()
+    assert torch.empty(0).device.type == "cpu"
+
+
 def test_a_file_is_no_model(copied):
     path = copied / "model.safetensors"
     with pytest.raises(ModelError, match=f"^{path}: is a file. Give the folder"):
@@ -205,8 +252,9 @@ def test_a_file_is_no_model(copied):
 
 def test_without_transformers_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(MissingExtraError, match=r"'transformers'.*pip install '\.\[train\]'"):
-        load("org/name")
+    for call in (load, hub.skeleton):
+        with pytest.raises(MissingExtraError, match=r"'transformers'.*pip install '\.\[train\]'"):
+            call("org/name")
 
 
 def test_activations_are_recomputed_where_the_architecture_can(model_folder):

@@ -78,6 +78,8 @@ def command(
     del init, rank, alpha, rslora, target, exclude, layers, rank_pattern, alpha_pattern, dora
     with guarded(json_, debug):
         use_all_cores()
+        if output.is_dir():  # before the work, not after it
+            raise ConfigError(f"{output}: is a folder. Give --out the name of a file.")
         if output.exists() and not overwrite:
             raise ConfigError(f"{output}: is there already. Choose another --out, or --overwrite.")
         config = LoraConfig(**lora_fields(context.params), seed=seed)

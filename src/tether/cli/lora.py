@@ -1,5 +1,6 @@
 """The options of an adapter, as fields of LoraConfig."""
 
+from contextlib import suppress
 from typing import Any
 
 from tether.errors import ConfigError
@@ -44,8 +45,8 @@ def lora_fields(params: dict[str, Any]) -> dict[str, Any]:
 
 def _pair(field: str, text: str, number: type[int] | type[float]) -> tuple[str, int | float]:
     name, _, value = text.rpartition("=")
-    try:
-        return name, number(value)
-    except ValueError:
-        option = "--" + field.replace("_", "-")
-        raise ConfigError(f"{option}: {text!r} is not NAME=NUMBER, such as k_proj=8.") from None
+    with suppress(ValueError):
+        if name:
+            return name, number(value)
+    option = "--" + field.replace("_", "-")
+    raise ConfigError(f"{option}: {text!r} is not NAME=NUMBER, such as k_proj=8.")

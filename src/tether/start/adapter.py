@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -16,13 +16,18 @@ from tether import linalg, sites, whole
 from tether.cache import AnchorCache
 from tether.checkpoint import Checkpoint
 from tether.config import LoraConfig, Plan, plan
-from tether.errors import ConfigError, ShapeMismatchError
+from tether.errors import (
+    ConfigError,
+    MetaTensorError,
+    ShapeMismatchError,
+    UnsupportedModuleError,
+)
 from tether.provenance import Provenance
 from tether.start import ranks
 from tether.start.model import base_class, base_name, original
 from tether.start.site import Job, Start, find_start
 from tether.start.workers import find_all
-from tether.value import Adapter, Progress
+from tether.value import Adapter, Progress, Trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +82,8 @@ def init(
         config: what to adapt and how; None for PiSSA of rank 16 on all linear layers.
         weights_from: folder of the base model, from which each weight is read when its turn comes:
             for models larger than memory.
-        workers: sites at a time, and weights in memory besides the model; None for as many as
-            torch has threads, and one at a time on a GPU.
+        workers: sites at a time, each in one thread, and weights in memory besides the model; None
+            for as many as torch has threads, and one at a time on a GPU.
         cache: look for anchors in the user's cache, and keep them there. TETHER_NO_CACHE=1
             switches it off everywhere.
         distributed: share the sites out over the ranks; False to work alone, as where only one
@@ -88,12 +93,14 @@ def init(
     Returns:
         the adapter at its start, ΔW = 0: displacement zero on an anchor, or B·A = 0; biases,
         magnitudes and whole modules at the base's own values. float32 on the CPU. Same seed, same
-        bits, whatever `workers` is; an anchor out of the cache may have been found on another
-        machine, or with a larger rank, and then agrees within its certificate.
+        bits, whatever `workers` and torch's number of threads are; an anchor out of the cache may
+        have been found on another machine, or with a larger rank, and then agrees within its
+        certificate.
 
     Raises:
         ConfigError: the configuration does not fit the model.
-        WeightError: a selected weight is NaN, Inf, without values, or sharded.
+        WeightError: a selected weight is NaN, Inf, without values, or sharded; or a parameter to be
+            trained whole is without values.
         ModelError: the folder is not a model's.
         UnknownNameError: the folder has no such weight.
         MergedError: an adapter is merged into the model.
@@ -119,75 +126,104 @@ def find(
         the adapter, and how many of its sites came out of the cache.
     """
     model = original(model)
-    sites.check_unmerged(model)
-    plans = plan(model, config)
-    jobs = _jobs(model, plans, search.weights_from)
+    prepare = partial(_prepare, model, config, search)
     store = AnchorCache(caches.folder()) if search.cache and caches.enabled() else None
     one = partial(find_start, config=config, cache=store)
-    solve = partial(_solve, find=one, count=_workers(search.workers, model), progress=progress)
     with linalg.full_precision():
         if search.distributed and ranks.world_size() > 1:
-            starts = ranks.share(jobs, solve, _described(plans, config))
+            task = ranks.agree(lambda: _described(prepare(), config))
+            starts = ranks.share(task.jobs, lambda jobs: find_all(jobs, one, task.workers, progress))
         else:
-            starts = solve(jobs)
+            task = prepare()
+            starts = find_all(task.jobs, one, task.workers, progress)
     cached = sum(start.cached for start in starts.values())
-    return Found(_adapter(model, config, starts), cached)
+    return Found(_adapter(model, config, task, starts), cached)
 
 
-def _solve(
-    jobs: Sequence[Job], find: Callable[[Job], Start], count: int, progress: Progress | None
-) -> dict[str, Start]:
-    return find_all(jobs, find, count, progress)
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """All that is needed before the work begins; what can be wrong with it is found out first."""
+
+    jobs: list[Job]
+    workers: int
+    biases: dict[str, Trained]
+    modules: dict[str, dict[str, Trained]]
 
 
-def _workers(wanted: int | None, model: nn.Module) -> int:
+def _prepare(model: nn.Module, config: LoraConfig, search: Search) -> _Task:
+    sites.check_unmerged(model)
+    plans = plan(model, config)
+    if search.weights_from is None:
+        jobs = [Job(item, partial(_live_weight, model, item.site.path)) for item in plans]
+    else:
+        _check_no_whole(model, config, search.weights_from)
+        jobs = _stored_jobs(plans, search.weights_from)
+    paths = [item.site.path for item in plans]
+    modules = whole.modules(model, config.modules_to_save, paths)
+    biases = whole.biases(model, config.bias, paths, list(modules))
+    return _Task(jobs, _workers(search, model), biases, modules)
+
+
+def _workers(search: Search, model: nn.Module) -> int:
+    wanted = search.workers
     if wanted is None:
-        # On a GPU one site fills the machine.
+        # On a GPU one site fills the machine. What is read from a folder is found on the CPU.
         on_cpu = all(p.device.type in ("cpu", "meta") for p in model.parameters())
-        return torch.get_num_threads() if on_cpu else 1
+        return torch.get_num_threads() if on_cpu or search.weights_from is not None else 1
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
         raise ConfigError(f"workers must be a whole number, at least 1, not {wanted!r}.")
     return wanted
 
 
-def _jobs(
-    model: nn.Module, plans: Sequence[Plan], weights_from: str | os.PathLike[str] | None
-) -> list[Job]:
-    if weights_from is None:
-        return [Job(item, partial(_live_weight, model, item.site.path)) for item in plans]
-    checkpoint = Checkpoint.open(Path(weights_from))
-    names = {item.site.path: checkpoint.weight_name(item.site.path) for item in plans}
+def _check_no_whole(model: nn.Module, config: LoraConfig, folder: str | os.PathLike[str]) -> None:
+    """Raise where parameters are trained whole whose values the model does not have."""
+    trained = config.bias != "none" or config.modules_to_save
+    if trained and any(p.is_meta for p in model.parameters()):
+        raise MetaTensorError(
+            f"bias={config.bias!r} and modules_to_save={list(config.modules_to_save)} train "
+            f"parameters that start at the model's own values, but the model is on the meta "
+            f"device, and from {os.fspath(folder)} only the weights of the sites are read. Load "
+            "the model with its values, or use bias='none' and no modules_to_save."
+        )
+
+
+def _stored_jobs(plans: Sequence[Plan], folder: str | os.PathLike[str]) -> list[Job]:
+    checkpoint = Checkpoint.open(Path(folder))
+    jobs = []
     for item in plans:
-        name, wanted = names[item.site.path], item.site.layout.shape
+        path, wanted = item.site.path, item.site.layout.shape
+        name = checkpoint.weight_name(path)
         if checkpoint.shape(name) != wanted:
             raise ShapeMismatchError(
-                f"site {item.site.path!r}: the model's weight is {wanted}, that of "
-                f"{weights_from} is {checkpoint.shape(name)}. Give the folder of the same model."
+                f"site {path!r}: the model's weight is {wanted}, that of {checkpoint.folder} is "
+                f"{checkpoint.shape(name)}. Give the folder of the same model."
             )
-    return [Job(item, partial(_stored_weight, checkpoint, names, item)) for item in plans]
+        if not checkpoint.dtype(name).is_floating_point or checkpoint.dtype(name).itemsize < 2:
+            raise UnsupportedModuleError(
+                f"site {path!r}: the weight in {checkpoint.folder} is {checkpoint.dtype(name)}, "
+                "which is quantised. Give the folder of the model before quantisation, or exclude "
+                "the module."
+            )
+        jobs.append(Job(item, partial(checkpoint.tensor, name)))
+    return jobs
 
 
 def _live_weight(model: nn.Module, path: str) -> Tensor:
     return sites.base_weight(path, model.get_submodule(path)).detach()
 
 
-def _stored_weight(checkpoint: Checkpoint, names: dict[str, str], item: Plan) -> Tensor:
-    weight = checkpoint.tensor(names[item.site.path])
-    label = f"site {item.site.path!r}: weight in {checkpoint.folder}"
-    sites.check_readable(label, weight, nn.Module())
-    return weight
-
-
-def _described(plans: Sequence[Plan], config: LoraConfig) -> str:
+def _described(task: _Task, config: LoraConfig) -> tuple[_Task, str]:
+    """A task, and all that its starts depend on, but the weights."""
+    plans = [job.plan for job in task.jobs]
     each = [(i.site.path, i.site.layout.shape, i.rank, i.scaling) for i in plans]
-    return json.dumps([each, config.to_dict()], sort_keys=True)
+    return task, json.dumps([each, config.to_dict()], sort_keys=True)
 
 
-def _adapter(model: nn.Module, config: LoraConfig, starts: dict[str, Start]) -> Adapter:
-    paths = list(starts)
-    modules = whole.modules(model, config.modules_to_save, paths)
-    targets, excluded = sites.short_targets(model, paths)
-    excluded = tuple(sorted({*excluded, *whole.mistaken(model, list(modules))}))
+def _adapter(
+    model: nn.Module, config: LoraConfig, task: _Task, starts: dict[str, Start]
+) -> Adapter:
+    targets, excluded = sites.short_targets(model, list(starts))
+    excluded = tuple(sorted({*excluded, *whole.mistaken(model, list(task.modules))}))
     certificates = {p: s.certificate for p, s in starts.items() if s.certificate is not None}
     return Adapter(
         layers={path: start.layer for path, start in starts.items()},
@@ -203,6 +239,6 @@ def _adapter(model: nn.Module, config: LoraConfig, starts: dict[str, Start]) -> 
         config=config.to_dict(),
         targets=targets,
         excluded=excluded,
-        biases=whole.biases(model, config.bias, paths, list(modules)),
-        modules=modules,
+        biases=task.biases,
+        modules=task.modules,
     )

@@ -1,6 +1,7 @@
 """The start of one site: out of the cache, or found by the method and kept there."""
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -118,7 +119,15 @@ def _start(job: Job, weight: Tensor, config: LoraConfig, found: Entry, cached: b
     magnitude = whole.row_lengths(layout.matrix(weight)) if config.use_dora else None
     scaling, dropout = job.plan.scaling, float(config.dropout)
     layer = LayerAdapter(trainable, anchor, scaling, layout, dropout, magnitude)
-    return Start(layer, found.fingerprint, found.certificate, cached)
+    return Start(layer, found.fingerprint, _finite(found.certificate), cached)
+
+
+def _finite(certificate: Certificate | None) -> Certificate | None:
+    """A certificate that can be saved: neither a method nor a file of the cache need give one."""
+    if certificate is None:
+        return None
+    numbers = (certificate.product_error, certificate.excess)
+    return certificate if all(map(math.isfinite, numbers)) else None
 
 
 def _compute(

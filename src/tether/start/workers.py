@@ -1,4 +1,4 @@
-"""Many sites at once: threads, each with its share of torch's own."""
+"""Many sites at once: threads, each with one site and one thread of torch's own."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -18,7 +18,11 @@ def find_all(
     """Find the starts of many sites, the most expensive first.
 
     torch leaves Python's lock while it computes, so threads are enough, and nothing is copied.
-    Within a site the matrices are too small for many threads: one thread a site does more.
+    Within a site torch has one thread, whatever `workers` is: a sum that is shared out among
+    threads is rounded in another order, and the same bits are promised. And the matrices are too
+    small for many threads: as many sites at a time do more. A new thread also knows nothing of the
+    caller's autocast or inference mode, which would change what is computed, or what it is good
+    for.
 
     Args:
         jobs: the sites.
@@ -32,18 +36,10 @@ def find_all(
     Raises:
         TetherError: the first that a site raised; the sites not yet begun are left alone.
     """
-    workers = min(workers, len(jobs))
-    if workers <= 1:
-        found = {}
-        for done, job in enumerate(jobs, start=1):
-            found[job.path] = find(job)
-            if progress is not None:
-                progress(done, len(jobs))
-        return found
+    if not jobs:
+        return {}
     threads = torch.get_num_threads()
-    share = max(1, threads // workers)
-    # Each of torch's settings below is the calling thread's own.
-    pool = ThreadPoolExecutor(workers, "tether", torch.set_num_threads, (share,))
+    pool = ThreadPoolExecutor(min(workers, len(jobs)), "tether", torch.set_num_threads, (1,))
     try:
         ordered = sorted(jobs, key=lambda job: -job.cost)
         futures: dict[Future[Start], str] = {pool.submit(find, job): job.path for job in ordered}
@@ -54,6 +50,6 @@ def find_all(
                 progress(len(found), len(jobs))
     finally:
         pool.shutdown(cancel_futures=True)
-        # New threads take over what was set last.
+        # It is each thread's own, but new threads take over what was set last.
         torch.set_num_threads(threads)
     return {job.path: found[job.path] for job in jobs}

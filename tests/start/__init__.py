@@ -1,0 +1,1 @@
+"""How the starts of whole models are found."""
