@@ -9,7 +9,7 @@ from torch import Tensor
 from tether.errors import ConfigError
 from tether.linalg.bottom import backward_error, gram_eigenvectors
 from tether.linalg.checks import check_rank
-from tether.linalg.estimate import CLUSTER, EPS, Estimate, Unseen, estimate
+from tether.linalg.estimate import CLUSTER, EPS, Estimate, Unseen, estimate, rounded
 from tether.linalg.lanczos import Apply, Lanczos
 from tether.linalg.tall import Tall
 from tether.linalg.triplets import Certificate, TruncatedSVD, finish
@@ -142,8 +142,9 @@ def _iterate(tall: Tall, aim: Aim, seed: int) -> TruncatedSVD | str:
         if process.size < check and process.size + 2 * block <= n:
             continue
         values, coefficients, couplings = process.ritz(wanted, aim.precision)
-        # As of a half step in float64: what rounding adds, a float64 half step can take away.
-        known = (aim.rank, process.unseen(), tall.norm)
+        values, couplings = rounded(values, couplings)
+        # As of a half step in float64: what its rounding adds, a float64 half step can take away.
+        known = (aim.rank, process.unseen(), tall.norm, n)
         found = estimate(values, couplings, *known, torch.float64)
         if aim.met(found):
             rough = estimate(values, couplings, *known, torch.float32)
@@ -215,7 +216,8 @@ def _polish(
     residual = back @ p - (q @ rows.double()).T * before
     weighted = residual * before
     couplings = (weighted.T @ weighted).cpu()
-    found = estimate(before.square().cpu(), couplings, r, unseen, tall.norm, rows.dtype)
+    known = (r, unseen, tall.norm, tall.matrix.shape[1])
+    found = estimate(before.square().cpu(), couplings, *known, rows.dtype)
     error = float(residual[:, :r].norm() / before[:r].norm())
     certificate = Certificate(route, found.product, found.excess, found.unique)
     triplets = ((basis @ left)[:, :r], s[:r] * tall.scale, (turned[:r] @ right.T))
