@@ -9,7 +9,7 @@ from torch import Tensor
 from tether.errors import ConfigError
 from tether.linalg.bottom import backward_error, gram_eigenvectors
 from tether.linalg.checks import check_rank
-from tether.linalg.estimate import CLUSTER, EPS, Estimate, Unseen, estimate, rounded
+from tether.linalg.estimate import CLUSTER, EPS, ROUNDING, Estimate, Unseen, estimate, rounded
 from tether.linalg.lanczos import Apply, Lanczos
 from tether.linalg.tall import Tall
 from tether.linalg.triplets import Certificate, TruncatedSVD, finish
@@ -19,9 +19,11 @@ _SMALL = 256  # short sides up to this: all eigenvectors of the Gram matrix cost
 _GRAM = 1024  # short sides up to this: one Gram matrix costs less than two products a step
 # Product errors above this are not estimated within a factor of 3 of the truth.
 _LOOSEST = 2e-2
-# An estimate was 0.6 to 1.1 times the truth on weights of a real spectrum: stop when it is this
-# much below the tolerance.
-_MARGIN = 0.7
+_STEEPEST = 3e-2  # nor where the angles, all alike, are above this
+# An estimate was 0.6 to 1.1 times the truth on weights of a real spectrum, and half of it on flat
+# ones: stop when it is this much below the tolerance, rounding aside. The excess goes with the
+# square of the error.
+_MARGINS = {"product": 0.5, "excess": 0.25}
 _EXACT = 1e-6  # product errors that are rounding
 _FINE = 5e-6  # tolerances that ask for float64 in the small matrix too
 _RANGE = (1e-30, 1e30)  # scales at which float32 is not at its end
@@ -47,6 +49,12 @@ class Aim:
         fine = self.criterion == "product" and self.tolerance < _FINE
         return torch.float64 if fine else torch.float32
 
+    @property
+    def limit(self) -> float:
+        """Estimates up to this are good enough."""
+        certain = ROUNDING if self.criterion == "product" else 0.0
+        return certain + _MARGINS[self.criterion] * (self.tolerance - certain)
+
     def met(self, found: Estimate) -> bool:
         """Whether an estimate is good enough.
 
@@ -58,7 +66,8 @@ class Aim:
         """
         if self.criterion == "excess" and found.product <= _EXACT:
             return True  # of a weight of low rank, whose best residual is rounding
-        return found.product <= _LOOSEST and self.error(found) <= _MARGIN * self.tolerance
+        sound = found.product <= _LOOSEST and found.angle <= _STEEPEST
+        return sound and self.error(found) <= self.limit
 
     def error(self, found: Estimate) -> float:
         """The error that counts.
@@ -89,7 +98,9 @@ def top_svd(
 
     Args:
         weight: (m, n), any floating dtype, on any device, finite; read, never written. A weight
-            in half precision of more than 2²⁶ values is read in panels, never copied whole.
+            in half precision of more than 2²⁶ values is read in panels; only the dense route
+            copies it whole, in float64. A float64 weight is rounded to float32, but for the
+            dense route.
         rank: 1 <= rank <= min(m, n).
         tolerance: largest error accepted; a product error above 2e-2 is never
             accepted.
@@ -154,7 +165,7 @@ def _iterate(tall: Tall, aim: Aim, seed: int) -> TruncatedSVD | str:
             if aim.met(found):
                 return result
         history.append((process.size, aim.error(found)))
-        check = _next_check(history, aim.tolerance, block)
+        check = _next_check(history, aim.limit, block)
     error = history[-1][1]
     return f"{route}: {aim.criterion} error {error:.1e} after {process.size} of {n} vectors"
 
@@ -182,15 +193,15 @@ def guards(rank: int) -> int:
     return max(8, min(32, rank // 4))
 
 
-def _next_check(history: list[tuple[int, float]], tolerance: float, block: int) -> int:
-    """The size at which the error is expected to meet the tolerance."""
+def _next_check(history: list[tuple[int, float]], limit: float, block: int) -> int:
+    """The size at which the error is expected to come below the limit."""
     (before, larger), (size, error) = history[-2:]
-    if not 0 < error < larger:
+    if not 0 < limit < error < larger:
         return size + 3 * block
     rate = math.log(larger / error) / (size - before)
     # Convergence becomes faster: aim short, the more so by the first check alone, and never far.
     short = 0.85 if before else 0.6
-    ahead = short * math.log(error / (_MARGIN * tolerance)) / rate
+    ahead = short * math.log(error / limit) / rate
     return size + max(block, min(int(ahead), 4 * block))
 
 
@@ -210,7 +221,7 @@ def _polish(
     back = tall.back(basis.T.to(rows.dtype)).T.double()  # Wᵀ·basis (n, l)
     right, small = torch.linalg.qr(back)
     left, s, turned = torch.linalg.svd(small.T)
-    # Before this half step: u' = basis·p, v' = rowsᵀ·q with W·v' = u'·s'. Its residual costs
+    # Before this half step: u' = basis·p, v' = rowsᵀ·qᵀ with W·v' = u'·s'. Its residual costs
     # nothing, and does not rest on what Lanczos believes.
     p, before, q = torch.linalg.svd(inner)
     residual = back @ p - (q @ rows.double()).T * before
