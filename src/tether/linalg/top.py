@@ -248,7 +248,7 @@ def _dense(weight: Tensor, aim: Aim, fallback: str) -> TruncatedSVD:
     residual = torch.cat(
         [matrix @ right[r].T - u[:, r] * s[r], (u[:, r].T @ matrix - s[r, None] * right[r]).T]
     )
-    error = backward_error(residual, s[r], matrix.shape, aim.tolerance)
+    error = backward_error(residual, s[r], weight.shape, aim.tolerance)
     apart = bool(len(s) == rank or s[rank - 1] - s[rank] > CLUSTER * s[0])
     # What is left is the rounding of the result to float32.
     energy = float(s[r].square().sum())
