@@ -144,8 +144,10 @@ def _resolvent(values: Tensor, unseen: Unseen) -> tuple[Tensor, Tensor]:
     root = torch.where(outside, under, torch.ones_like(under)).sqrt()
     # Not (d − root)/(2·spread²), which cancels where the spread is small.
     first = 2 / (distance + root)
-    huge = torch.full_like(values, 1e300)
-    return torch.where(outside, first, huge), torch.where(outside, first / root, huge)
+    # The derivative the larger of the two, as everywhere near the edge: of two that are equal the
+    # difference, which the angles are made of, is negative for λ < 1.5.
+    huge = torch.full_like(values, 1e150)
+    return torch.where(outside, first, huge), torch.where(outside, first / root, huge.square())
 
 
 def _mixing(
