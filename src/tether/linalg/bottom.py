@@ -39,7 +39,7 @@ def bottom_svd(weight: Tensor, rank: int, tolerance: float = 1e-5) -> TruncatedS
     u, vt = basis @ left, right @ vectors.T
     # Not |Wᵀ·u − σ·v|: where σ is zero, u is no singular vector and need not be one.
     residual = matrix.T @ (u * s) - vt.T * s.square()
-    error = backward_error(residual, matrix.norm() * matrix, matrix.shape, tolerance)
+    error = backward_error(residual, matrix.norm() * matrix, weight.shape, tolerance)
     return finish((u, s, vt), wide, error)
 
 

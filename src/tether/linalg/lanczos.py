@@ -123,11 +123,16 @@ class Lanczos:
         q, r = torch.linalg.qr(rest.T)
         coupling = r.double().cpu()
         largest = float(torch.maximum(self.small.diagonal().max(), coupling.abs().max()))
-        if float(coupling.diagonal().abs().min()) <= _VANISHED * largest:
-            # The basis holds an invariant subspace. What is left of a direction is rounding and
-            # no longer orthogonal to the basis once it has been normalised.
-            q = q - known.T @ (known @ q)
-            q = torch.linalg.qr(q - known.T @ (known @ q))[0]
+        vanished = coupling.diagonal().abs() <= _VANISHED * largest
+        if bool(vanished.any()):
+            # The basis holds an invariant subspace. What is left of a direction is rounding, in
+            # the worst case within the basis: others are drawn, which also find what the start
+            # missed.
+            generator = torch.Generator().manual_seed(self.size)
+            drawn = torch.randn(len(q), int(vanished.sum()), generator=generator)
+            q[:, vanished.to(q.device)] = drawn.to(q.device)
+            for _ in range(2):
+                q = torch.linalg.qr(q - known.T @ (known @ q))[0]
             coupling = (q.T @ rest.T).double().cpu()
         return q.T, coupling
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from tether.errors import ConfigError
 from tether.linalg.bottom import backward_error, gram_eigenvectors
 from tether.linalg.checks import check_rank
-from tether.linalg.estimate import CLUSTER, EPS, Estimate, Unseen, estimate
+from tether.linalg.estimate import CLUSTER, EPS, ROUNDING, Estimate, Unseen, estimate, rounded
 from tether.linalg.lanczos import Apply, Lanczos
 from tether.linalg.precision import full_precision
 from tether.linalg.tall import Tall, fast_bfloat16
@@ -20,9 +20,11 @@ _SMALL = 256  # short sides up to this: all eigenvectors of the Gram matrix cost
 _GRAM = 1024  # short sides up to this: one Gram matrix costs less than two products a step
 # Product errors above this are not estimated within a factor of 3 of the truth.
 _LOOSEST = 2e-2
-# An estimate was 0.6 to 1.1 times the truth on weights of a real spectrum: stop when it is this
-# much below the tolerance.
-_MARGIN = 0.7
+_STEEPEST = 3e-2  # nor where the angles, all alike, are above this
+# An estimate was 0.6 to 1.1 times the truth on weights of a real spectrum, and half of it on flat
+# ones: stop when it is this much below the tolerance, rounding aside. The excess goes with the
+# square of the error.
+_MARGINS = {"product": 0.5, "excess": 0.25}
 _EXACT = 1e-6  # product errors that are rounding
 _FINE = 5e-6  # tolerances that ask for float64 in the small matrix too
 _RANGE = (1e-30, 1e30)  # scales at which float32 is not at its end
@@ -51,7 +53,13 @@ class Aim:
     @property
     def rough(self) -> bool:
         """Whether bfloat16 products are good enough: they reach 2e-3, and an excess of 1e-7."""
-        return self.tolerance >= (5e-3 if self.criterion == "product" else 5e-7)
+        return self.tolerance >= (1e-2 if self.criterion == "product" else 5e-7)
+
+    @property
+    def limit(self) -> float:
+        """Estimates up to this are good enough."""
+        certain = ROUNDING if self.criterion == "product" else 0.0
+        return certain + _MARGINS[self.criterion] * (self.tolerance - certain)
 
     def met(self, found: Estimate) -> bool:
         """Whether an estimate is good enough.
@@ -64,7 +72,8 @@ class Aim:
         """
         if self.criterion == "excess" and found.product <= _EXACT:
             return True  # of a weight of low rank, whose best residual is rounding
-        return found.product <= _LOOSEST and self.error(found) <= _MARGIN * self.tolerance
+        sound = found.product <= _LOOSEST and found.angle <= _STEEPEST
+        return sound and self.error(found) <= self.limit
 
     def error(self, found: Estimate) -> float:
         """The error that counts.
@@ -95,7 +104,9 @@ def top_svd(
 
     Args:
         weight: (m, n), any floating dtype, on any device, finite; read, never written. A weight
-            in half precision of more than 2²⁶ values is read in panels, never copied whole.
+            in half precision of more than 2²⁶ values is read in panels; only the dense route
+            copies it whole, in float64. A float64 weight is rounded to float32, but for the
+            dense route.
         rank: 1 <= rank <= min(m, n).
         tolerance: largest error accepted; a product error above 2e-2 is never
             accepted.
@@ -151,8 +162,9 @@ def _iterate(tall: Tall, aim: Aim, seed: int, route: str) -> TruncatedSVD | str:
         if process.size < check and process.size + 2 * block <= n:
             continue
         values, coefficients, couplings = process.ritz(wanted, aim.precision)
-        # As of a half step in float64: what rounding adds, a float64 half step can take away.
-        known = (aim.rank, process.unseen(), tall.norm)
+        values, couplings = rounded(values, couplings)
+        # As of a half step in float64: what its rounding adds, a float64 half step can take away.
+        known = (aim.rank, process.unseen(), tall.norm, n)
         found = estimate(values, couplings, *known, torch.float64)
         if aim.met(found):
             rough = estimate(values, couplings, *known, torch.float32)
@@ -164,7 +176,7 @@ def _iterate(tall: Tall, aim: Aim, seed: int, route: str) -> TruncatedSVD | str:
             if route == "bfloat16":
                 break  # this is as far as it goes
         history.append((process.size, aim.error(found)))
-        check = _next_check(history, aim.tolerance, block)
+        check = _next_check(history, aim.limit, block)
     error = aim.error(found)
     return f"{route}: {aim.criterion} error {error:.1e} after {process.size} of {n} vectors"
 
@@ -201,15 +213,15 @@ def guards(rank: int) -> int:
     return max(8, min(32, rank // 4))
 
 
-def _next_check(history: list[tuple[int, float]], tolerance: float, block: int) -> int:
-    """The size at which the error is expected to meet the tolerance."""
+def _next_check(history: list[tuple[int, float]], limit: float, block: int) -> int:
+    """The size at which the error is expected to come below the limit."""
     (before, larger), (size, error) = history[-2:]
-    if not 0 < error < larger:
+    if not 0 < limit < error < larger:
         return size + 3 * block
     rate = math.log(larger / error) / (size - before)
     # Convergence becomes faster: aim short, the more so by the first check alone, and never far.
     short = 0.85 if before else 0.6
-    ahead = short * math.log(error / (_MARGIN * tolerance)) / rate
+    ahead = short * math.log(error / limit) / rate
     return size + max(block, min(int(ahead), 4 * block))
 
 
@@ -229,13 +241,14 @@ def _polish(
     back = tall.back(basis.T.to(rows.dtype)).T.double()  # Wᵀ·basis (n, l)
     right, small = torch.linalg.qr(back)
     left, s, turned = torch.linalg.svd(small.T)
-    # Before this half step: u' = basis·p, v' = rowsᵀ·q with W·v' = u'·s'. Its residual costs
+    # Before this half step: u' = basis·p, v' = rowsᵀ·qᵀ with W·v' = u'·s'. Its residual costs
     # nothing, and does not rest on what Lanczos believes.
     p, before, q = torch.linalg.svd(inner)
     residual = back @ p - (q @ rows.double()).T * before
     weighted = residual * before
     couplings = (weighted.T @ weighted).cpu()
-    found = estimate(before.square().cpu(), couplings, r, unseen, tall.norm, rows.dtype)
+    known = (r, unseen, tall.norm, tall.matrix.shape[1])
+    found = estimate(before.square().cpu(), couplings, *known, rows.dtype)
     error = float(residual[:, :r].norm() / before[:r].norm())
     certificate = Certificate(route, found.product, found.excess, found.unique)
     triplets = ((basis @ left)[:, :r], s[:r] * tall.scale, (turned[:r] @ right.T))
@@ -255,7 +268,7 @@ def _dense(weight: Tensor, aim: Aim, fallback: str) -> TruncatedSVD:
     residual = torch.cat(
         [matrix @ right[r].T - u[:, r] * s[r], (u[:, r].T @ matrix - s[r, None] * right[r]).T]
     )
-    error = backward_error(residual, s[r], matrix.shape, aim.tolerance)
+    error = backward_error(residual, s[r], weight.shape, aim.tolerance)
     apart = bool(len(s) == rank or s[rank - 1] - s[rank] > CLUSTER * s[0])
     # What is left is the rounding of the result to float32.
     energy = float(s[r].square().sum())

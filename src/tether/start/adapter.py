@@ -132,7 +132,8 @@ def find(
     with linalg.full_precision():
         if search.distributed and ranks.world_size() > 1:
             task = ranks.agree(lambda: _described(prepare(), config))
-            starts = ranks.share(task.jobs, lambda jobs: find_all(jobs, one, task.workers, progress))
+            solve = partial(find_all, find=one, workers=task.workers, progress=progress)
+            starts = ranks.share(task.jobs, solve)
         else:
             task = prepare()
             starts = find_all(task.jobs, one, task.workers, progress)

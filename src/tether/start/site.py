@@ -16,7 +16,7 @@ from tether.fingerprints import fingerprint_tensor, sha256
 from tether.linalg import Certificate
 from tether.methods import Context, Method
 from tether.provenance import Fingerprint
-from tether.value import Factors, LayerAdapter, Layout
+from tether.value import Factors, LayerAdapter
 
 # Values of a weight below which finding its anchor costs no more than looking it up.
 _CACHED = 1 << 14
@@ -80,22 +80,31 @@ def find_start(job: Job, config: LoraConfig, cache: AnchorCache | None) -> Start
         WeightError: the weight is NaN or Inf.
         TetherError: of the method, naming the site.
     """
-    method, layout = config.method, job.plan.site.layout
     weight = job.read()
-    if not (method.lifts and cache is not None and weight.numel() >= _CACHED):
-        found = _compute(job, weight, layout, config, None)
-    else:
-        digest = sha256(weight)
-        dtype = str(weight.dtype).removeprefix("torch.")
-        seed = seed_for(config.seed, job.path)
-        key = Key.of(digest, tuple(weight.shape), dtype, layout.kind, method, seed)
-        entry = cache.find(key, job.plan.rank, job.plan.scaling, method)
-        if entry is None:
-            found = _compute(job, weight, layout, config, digest)
-            cache.store(key, found)
-        else:
-            return _start(job, weight, config, entry, cached=True)
+    key = None if cache is None else _key(job, weight, config)
+    if cache is None or key is None:
+        return _start(job, weight, config, _compute(job, weight, config, None), cached=False)
+    entry = cache.find(key, job.plan.rank, job.plan.scaling, config.method)
+    if entry is not None:
+        # It may be a part of a larger start, which the method has cut.
+        _checked(entry.factors, config.method, job)
+        return _start(job, weight, config, entry, cached=True)
+    found = _compute(job, weight, config, key.values["sha256"])
+    cache.store(key, found)
     return _start(job, weight, config, found, cached=False)
+
+
+def _key(job: Job, weight: Tensor, config: LoraConfig) -> Key | None:
+    """What the site's anchor is kept under, or None if it is not worth keeping or cannot be."""
+    method = config.method
+    if not method.lifts or weight.numel() < _CACHED:
+        return None
+    dtype = str(weight.dtype).removeprefix("torch.")
+    kind, seed = job.plan.site.layout.kind, seed_for(config.seed, job.path)
+    try:
+        return Key.of(sha256(weight), tuple(weight.shape), dtype, kind, method, seed)
+    except ConfigError:
+        return None  # a method whose settings are no JSON values
 
 
 def seed_for(seed: int, name: str) -> int:
@@ -130,15 +139,13 @@ def _finite(certificate: Certificate | None) -> Certificate | None:
     return certificate if all(map(math.isfinite, numbers)) else None
 
 
-def _compute(
-    job: Job, weight: Tensor, layout: Layout, config: LoraConfig, digest: str | None
-) -> Entry:
+def _compute(job: Job, weight: Tensor, config: LoraConfig, digest: str | None) -> Entry:
     label = f"site {job.path!r}"
     # float64 is checked as what is decomposed: values beyond float32 are infinite there.
     checked = weight.float() if weight.dtype == torch.float64 else weight
     linalg.check_finite(checked, f"{label}: weight {tuple(weight.shape)}")
     method, rank = config.method, job.plan.rank
-    matrix = layout.matrix(weight)
+    matrix = job.plan.site.layout.matrix(weight)
     if not getattr(method, "any_dtype", False):
         matrix = matrix.float()
     generator = torch.Generator().manual_seed(seed_for(config.seed, job.path))
@@ -154,22 +161,22 @@ def _compute(
             f"{label}: method {method.name!r} says that it is deterministic, and used the "
             "generator. Its starts would be cached for all seeds; drop one of the two."
         )
-    factors = _checked(factors, method, rank, tuple(matrix.shape), label)
+    factors = _checked(factors, method, job)
+    factors = Factors(factors.A.cpu().contiguous(), factors.B.cpu().contiguous())
     certificate = certificates[-1] if certificates else None
     origin = fingerprint_tensor(weight, digest)
     return Entry(factors, job.plan.scaling, origin, certificate)
 
 
-def _checked(
-    factors: Factors, method: Method, rank: int, shape: tuple[int, ...], label: str
-) -> Factors:
-    """What a method gave, on the CPU; raise if it is not what a start must be."""
+def _checked(factors: Factors, method: Method, job: Job) -> Factors:
+    """What a method gave; raise if it is not what a start must be."""
+    layout, label = job.plan.site.layout, f"site {job.path!r}"
+    rank, shape = job.plan.rank, (layout.out_features, layout.in_features)
     if (factors.rank, factors.shape) != (rank, shape):
         raise ShapeMismatchError(
             f"{label}: method {method.name!r} gave factors of rank {factors.rank} for a "
             f"matrix {factors.shape}; wanted rank {rank} for {shape}."
         )
-    factors = Factors(factors.A.cpu().contiguous(), factors.B.cpu().contiguous())
     for name, factor in (("A", factors.A), ("B", factors.B)):
         linalg.check_finite(factor, f"{label}: factor {name} of method {method.name!r}")
     return factors
