@@ -10,12 +10,16 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import tether
 from laws.cases import bits
 from tether.methods import Context
 from tether.methods.pissa import PiSSA
+from tether.start import Found, Search, find
 from tether.value import Adapter, Factors
 
 SHAPES = ((130, 128), (128, 160), (300, 280), (12, 16))  # the last is too small to be cached
+
+CACHED = 3  # of these sites
 
 
 def stack(shapes: tuple[tuple[int, int], ...] = SHAPES, seed: int = 0) -> nn.Module:
@@ -43,6 +47,16 @@ def llama(**settings: object) -> transformers.LlamaForCausalLM:
     with torch.random.fork_rng():
         torch.manual_seed(1)
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(**values | settings)).eval()
+
+
+def found(config: tether.LoraConfig, seed: int = 0, **search: object) -> Found:
+    """The start of `stack`."""
+    return find(stack(seed=seed), config, Search(**search))
+
+
+def config(init: object = "pissa", rank: int = 5, **settings: object) -> tether.LoraConfig:
+    """A configuration, PiSSA of rank 5 unless told otherwise."""
+    return tether.LoraConfig(init=init, rank=rank, **settings)
 
 
 def tensors(adapter: Adapter) -> Iterator[tuple[str, Tensor]]:

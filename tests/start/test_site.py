@@ -3,9 +3,7 @@
 import subprocess
 import sys
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 import torch
@@ -14,28 +12,16 @@ from torch import Tensor
 
 import tether
 from tether import cache, methods
-from tether.errors import ConfigError
-from tether.linalg import Certificate
-from tether.methods import Context, base
 from tether.methods.milora import MiLoRA
 from tether.methods.olora import OLoRA
 from tether.methods.pissa import PiSSA
-from tether.start import Found, Search, find, seed_for
-from tether.value import Adapter, Factors
+from tether.start import Search, find, seed_for
+from tether.value import Adapter
 
-from .cases import SHAPES, counting, everything, stack, tensors
+from .cases import CACHED, SHAPES, config, counting, everything, found, stack, tensors
 
 METHODS = {"pissa": PiSSA, "olora": OLoRA, "milora": MiLoRA}
-CACHED = 3  # of the four sites of `stack`; the last is too small
 anchored = pytest.mark.parametrize("init", METHODS)
-
-
-def found(config: tether.LoraConfig, seed: int = 0, **search: object) -> Found:
-    return find(stack(seed=seed), config, Search(**search))
-
-
-def config(init: object = "pissa", rank: int = 5, **settings: object) -> tether.LoraConfig:
-    return tether.LoraConfig(init=init, rank=rank, **settings)
 
 
 def files(folder: Path) -> list[Path]:
@@ -186,82 +172,6 @@ def test_a_folder_that_cannot_be_written_is_one_warning(anchors):
         assert (result.cached, everything(result.adapter)) == (0, everything(alone))
 
 
-@pytest.fixture
-def own_method(monkeypatch):
-    """Register a method for one test: it draws its anchor, and may say that it does not."""
-    monkeypatch.setattr(base, "_METHODS", dict(base._METHODS))
-
-    def add(says_deterministic: bool, error: float = 0.5) -> type:
-        @methods.register("own")
-        @dataclass(frozen=True, slots=True)
-        class Own:
-            name: ClassVar[str]
-            lifts: ClassVar[bool] = True
-            deterministic: ClassVar[bool] = says_deterministic
-
-            def start(self, weight: Tensor, rank: int, context: Context) -> Factors:
-                assert weight.dtype == torch.float32  # it is not of any dtype
-                context.record(Certificate("dense", error, 0.0, True))
-                drawn = torch.randn(rank, weight.shape[1], generator=context.generator)
-                return Factors(drawn, weight[:, :rank].clone(memory_format=torch.contiguous_format))
-
-        return Own
-
-    return add
-
-
-@pytest.mark.parametrize("enabled", ["0", "1"])
-def test_a_method_that_draws_must_not_say_that_it_is_deterministic(
-    enabled, own_method, anchors, monkeypatch
-):
-    monkeypatch.setenv("TETHER_NO_CACHE", enabled)
-    own_method(says_deterministic=True)
-    with pytest.raises(
-        ConfigError, match=r"^site '\d': method 'own' says that it is deterministic, and used"
-    ):
-        found(config("own"))
-    assert not anchors.exists()
-
-
-def test_a_method_that_draws_is_cached_for_its_seed_and_site(own_method, anchors):
-    own_method(says_deterministic=False)
-    model = stack(((128, 128),) * 3)
-    for layer in list(model)[1:]:
-        layer.weight = model[0].weight  # the same values at several sites
-    first = find(model, config("own", seed=3), Search())
-    assert first.cached == 0
-    again = find(model, config("own", seed=3), Search())
-    assert (again.cached, everything(again.adapter)) == (3, everything(first.adapter))
-    assert find(model, config("own", seed=4), Search()).cached == 0
-    drawn = {layer.anchor.A.numpy().tobytes() for layer in first.adapter.layers.values()}
-    assert len(drawn) == 3
-
-
-def test_a_method_gets_half_precision_only_where_it_says_so(own_method):
-    own_method(says_deterministic=False)
-    find(stack().bfloat16(), config("own"), Search())
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        start = PiSSA.start
-
-        def spy(self: PiSSA, weight: Tensor, rank: int, context: Context) -> Factors:
-            seen.append(weight.dtype)
-            return start(self, weight, rank, context)
-
-        patch.setattr(PiSSA, "start", spy)
-        find(stack().bfloat16(), config(), Search())
-    assert set(seen) == {torch.bfloat16}
-
-
-@pytest.mark.parametrize("error", [float("nan"), float("inf")])
-def test_a_certificate_that_no_file_can_hold_is_dropped(error, own_method, anchors, tmp_path):
-    own_method(says_deterministic=False, error=error)
-    for cached in (0, CACHED):
-        result = found(config("own"))
-        assert (result.cached, dict(result.adapter.provenance.certificates)) == (cached, {})
-        tether.save(result.adapter, tmp_path / "a.safetensors")
-
-
 @anchored
 def test_certificates_are_in_the_provenance_and_the_file(init, anchors, tmp_path):
     for _ in range(2):
@@ -311,11 +221,11 @@ tether.save(tether.init(model, tether.LoraConfig(rank=5)), out)
 def test_two_processes_may_fill_one_cache(anchors, tmp_path):
     weights = str(tmp_path / "weights.safetensors")
     save_file({path: layer.weight.data for path, layer in stack().named_children()}, weights)
-    marks, outs = ("one", "two"), [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    marks = (str(tmp_path / "one"), str(tmp_path / "two"))
+    outs = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
     running = [
         subprocess.Popen(
             [sys.executable, "-W", "error::UserWarning", "-c", SCRIPT, *order, weights, str(out)],
-            cwd=tmp_path,
             stderr=subprocess.PIPE,
             text=True,
         )
