@@ -185,7 +185,7 @@ def check_readable(label: str, tensor: Tensor, module: nn.Module) -> None:
     if tensor.is_meta:
         raise MetaTensorError(
             f"{label} {tuple(tensor.shape)} is on the meta device, without values. "
-            "Load the model with its weights first."
+            "Load the model with its weights first, or give tether.init its folder: weights_from=."
         )
     if any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__):
         raise ShardedWeightError(

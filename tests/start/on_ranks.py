@@ -36,6 +36,13 @@ def with_nan() -> nn.Module:
     return model
 
 
+def shifted(rank: int) -> nn.Module:
+    """The layers, one of them with other values on rank 1."""
+    model = stack()
+    model[1].weight.data[0, 5] += rank
+    return model
+
+
 def cases(rank: int, folder: Path) -> dict[str, Callable[[], Any]]:
     """Name -> what is called; the same names on both ranks, in the same order."""
     uncached, one = Search(cache=False), ((128, 128),)
@@ -48,6 +55,7 @@ def cases(rank: int, folder: Path) -> dict[str, Callable[[], Any]]:
         "configurations": lambda: find(stack(), tether.LoraConfig(rank=4 + rank), uncached),
         "seeds": lambda: find(stack(), tether.LoraConfig(rank=4, seed=rank), uncached),
         "models": lambda: find(stack(SHAPES[rank:]), CONFIG, uncached),
+        "weights": lambda: find(shifted(rank), CONFIG, uncached),
         "rank too large": lambda: find(stack(), tether.LoraConfig(rank=4 + 125 * rank), uncached),
         "workers": lambda: find(stack(), CONFIG, Search(cache=False, workers=rank)),
         "no folder": lambda: find(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import tether
 from tether import methods
-from tether.errors import ConfigError
+from tether.errors import ConfigError, ConvergenceError, ShapeMismatchError
 from tether.linalg import Certificate
 from tether.methods import Context, base
 from tether.methods.pissa import PiSSA
@@ -93,3 +93,41 @@ def test_a_certificate_that_no_file_can_hold_is_dropped(error, own_method, ancho
         result = found(config("own"))
         assert (result.cached, dict(result.adapter.provenance.certificates)) == (cached, {})
         tether.save(result.adapter, tmp_path / "a.safetensors")
+
+
+def register(monkeypatch, **members: object) -> type:
+    """A method of another package, with these members beside a start of leading columns."""
+    monkeypatch.setattr(base, "_METHODS", dict(base._METHODS))
+
+    def start(self, weight: Tensor, rank: int, context: Context) -> Factors:
+        columns = weight[:, :rank].clone(memory_format=torch.contiguous_format)
+        return Factors(torch.eye(weight.shape[1])[:rank], columns)
+
+    body = {"__annotations__": {}, "lifts": True, "start": start, **members}
+    return methods.register("other")(dataclass(frozen=True)(type("Other", (), body)))
+
+
+def test_settings_that_cannot_be_named_are_not_cached_and_work_all_the_same(anchors, monkeypatch):
+    other = register(monkeypatch, __annotations__={"weights": tuple}, weights=(torch.ones(2),))
+    for _ in range(2):
+        assert find(stack(), config(init=other()), Search()).cached == 0
+    assert not list(anchors.rglob("*.safetensors"))
+
+
+def test_a_cut_of_another_rank_is_refused(anchors, monkeypatch):
+    def cut(self, factors: Factors, rank: int, was: float, scaling: float) -> Factors:
+        return factors
+
+    other = register(monkeypatch, cut=cut)
+    tether.init(stack(), config(init=other(), rank=5))
+    with pytest.raises(ShapeMismatchError, match=r"site '\d': method 'other' gave .* rank 5 .*"):
+        tether.init(stack(), config(init=other(), rank=4))
+
+
+def test_a_decomposition_that_breaks_off_names_its_site(monkeypatch):
+    def start(self, weight: Tensor, rank: int, context: Context) -> Factors:
+        raise torch.linalg.LinAlgError("linalg.eigh: failed to converge")
+
+    other = register(monkeypatch, start=start)
+    with pytest.raises(ConvergenceError, match=r"site '\d': linalg.eigh: failed to converge"):
+        tether.init(stack(), config(init=other()))

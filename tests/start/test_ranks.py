@@ -81,12 +81,14 @@ def test_a_rank_may_have_nothing_to_do(said, folder):
     assert adapters(folder, "one site") == [alone, alone]
 
 
-@pytest.mark.parametrize("case", ["configurations", "seeds", "models"])
+@pytest.mark.parametrize("case", ["configurations", "seeds", "models", "weights"])
 def test_ranks_that_want_different_starts_are_told_so(case, said):
     for rank, other in ((0, 1), (1, 0)):
         assert said[rank][case]["error"] == "DistributedError"
         message = said[rank][case]["message"]
-        assert message.startswith(f"rank {rank} wants starts for other sites or settings (")
+        assert message.startswith(
+            f"rank {rank} wants starts for other sites, settings or weights ("
+        )
         assert f"than rank {other} (" in message
         assert message.endswith("the same model and configuration, or distributed=False.")
         assert not said[rank][case]["calls"]

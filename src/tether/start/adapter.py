@@ -22,12 +22,15 @@ from tether.errors import (
     ShapeMismatchError,
     UnsupportedModuleError,
 )
+from tether.fingerprints import sha256
 from tether.provenance import Provenance
 from tether.start import ranks
 from tether.start.model import base_class, base_name, original
 from tether.start.site import Job, Start, find_start
 from tether.start.workers import find_all
 from tether.value import Adapter, Progress, Trained
+
+_SAMPLE = 4096  # values by which ranks compare their weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +134,7 @@ def find(
     one = partial(find_start, config=config, cache=store)
     with linalg.full_precision():
         if search.distributed and ranks.world_size() > 1:
-            task = ranks.agree(lambda: _described(prepare(), config))
+            task = ranks.agree(lambda: _described(prepare(), model, config, search))
             solve = partial(find_all, find=one, workers=task.workers, progress=progress)
             starts = ranks.share(task.jobs, solve)
         else:
@@ -213,11 +216,17 @@ def _live_weight(model: nn.Module, path: str) -> Tensor:
     return sites.base_weight(path, model.get_submodule(path)).detach()
 
 
-def _described(task: _Task, config: LoraConfig) -> tuple[_Task, str]:
-    """A task, and all that its starts depend on, but the weights."""
+def _described(
+    task: _Task, model: nn.Module, config: LoraConfig, search: Search
+) -> tuple[_Task, str]:
+    """A task, and all that its starts depend on; of each weight in memory, how it begins."""
     plans = [job.plan for job in task.jobs]
     each = [(i.site.path, i.site.layout.shape, i.rank, i.scaling) for i in plans]
-    return task, json.dumps([each, config.to_dict()], sort_keys=True)
+    begin = ""
+    if search.weights_from is None:
+        weights = [_live_weight(model, item.site.path) for item in plans]
+        begin = " ".join(sha256(w[:1].reshape(-1)[:_SAMPLE]) for w in weights)
+    return task, json.dumps([each, config.to_dict(), begin], sort_keys=True)
 
 
 def _adapter(

@@ -45,9 +45,9 @@ def agree(prepare: Callable[[], tuple[T, str]]) -> T:
     for other, theirs in enumerate(digests):
         if theirs != digest:
             raise DistributedError(
-                f"rank {rank} wants starts for other sites or settings ({digest[:12]}…) than rank "
-                f"{other} ({theirs[:12]}…). Give every rank the same model and configuration, or "
-                "distributed=False."
+                f"rank {rank} wants starts for other sites, settings or weights ({digest[:12]}…) "
+                f"than rank {other} ({theirs[:12]}…). Give every rank the same model and "
+                "configuration, or distributed=False."
             )
     return prepared[0]
 

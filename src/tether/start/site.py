@@ -11,7 +11,7 @@ from torch import Tensor
 from tether import linalg, whole
 from tether.cache import AnchorCache, Entry, Key
 from tether.config import LoraConfig, Plan
-from tether.errors import ConfigError, ShapeMismatchError, TetherError
+from tether.errors import ConfigError, ConvergenceError, ShapeMismatchError, TetherError
 from tether.fingerprints import fingerprint_tensor, sha256
 from tether.linalg import Certificate
 from tether.methods import Context, Method
@@ -156,6 +156,8 @@ def _compute(job: Job, weight: Tensor, config: LoraConfig, digest: str | None) -
         factors = method.start(matrix, rank, context)
     except TetherError as error:
         raise type(error)(f"{label}: {error}") from error
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise ConvergenceError(f"{label}: {error}") from error
     if getattr(method, "deterministic", False) and not torch.equal(state, generator.get_state()):
         raise ConfigError(
             f"{label}: method {method.name!r} says that it is deterministic, and used the "
