@@ -32,4 +32,5 @@ def test_the_example_runs(tmp_path, monkeypatch):
 
 def test_every_command_is_shown():
     shown = set(re.findall(r"`tether (\w+) ", README))
-    assert shown == {command.name for command in app.registered_commands}
+    groups = {group.name for group in app.registered_groups}
+        assert shown == groups | {command.name for command in app.registered_commands}
