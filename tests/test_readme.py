@@ -33,4 +33,4 @@ def test_the_example_runs(tmp_path, monkeypatch):
 def test_every_command_is_shown():
     shown = set(re.findall(r"`tether (\w+) ", README))
     groups = {group.name for group in app.registered_groups}
-        assert shown == groups | {command.name for command in app.registered_commands}
+    assert shown == groups | {command.name for command in app.registered_commands}
