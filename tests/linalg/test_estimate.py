@@ -64,8 +64,8 @@ def test_the_unseen_part_is_a_semicircle(center, spread):
 @pytest.mark.parametrize("hidden", [0.3, 0.8])
 def test_kept_vectors_are_mixed_with_guards_through_the_unseen_part(hidden):
     """Two Ritz vectors that err into the same direction, exact within what both span."""
-    kept, guard = 1.0, 0.98
-    small = 1e-3
+    kept, guard = 1.0, 1 - 1e-5
+    small = 1e-4
     operator = torch.zeros(3, 3, dtype=torch.float64)
     operator.diagonal().copy_(doubles(kept, guard, hidden))
     operator[0, 2] = operator[2, 0] = operator[1, 2] = operator[2, 1] = small
@@ -75,6 +75,7 @@ def test_kept_vectors_are_mixed_with_guards_through_the_unseen_part(hidden):
     mixed = float(exact[1] / exact[0])
     outside = small**2 / (kept - hidden) ** 2 * (hidden**2 + hidden) / 2
     expected = (2 * (mixed**2 + outside)) ** 0.5
+    assert mixed**2 > outside
     assert guess.product - ROUNDING == pytest.approx(expected, rel=0.02)
 
 
@@ -128,6 +129,9 @@ def test_residuals_of_the_size_of_rounding_count_but_in_the_cluster_of_the_cut()
     assert within.product < 4 * ROUNDING
     assert cut.unique
     assert cut.product > residual / 1e-4 / 2
+    above = estimate(doubles(1 + 2e-4, 1, 1), couplings, 2, near, FAR, 10**9)
+    assert not above.unique
+    assert above.product > residual / 3e-4 / 2
     large = estimate(doubles(1.3, 1, 1), 1e4 * couplings, 2, near, FAR, 10**9)
     assert large.product > 0.1
 

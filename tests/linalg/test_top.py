@@ -15,7 +15,8 @@ from linalg.matrices import (
 )
 from tether import linalg
 from tether.linalg import tall, top
-from tether.linalg.estimate import EPS, ROUNDING
+from tether.linalg.estimate import EPS, ROUNDING, Estimate
+from tether.linalg.top import Aim
 
 SHAPES = [(24, 7), (7, 24), (12, 12), (1, 17), (17, 1)]
 TOLERANCES = (1e-2, 1e-3, 1e-5)
@@ -137,6 +138,27 @@ def test_the_excess_is_estimated(name, tolerance, route):
     for estimated, true in found:
         assert true <= tolerance
         assert true / 3 - 1e-13 <= estimated <= 3 * true + 1e-13
+
+
+def test_an_estimate_is_good_enough_where_it_is_small_and_can_be_trusted():
+    product, excess = Aim(5, 1e-3, "product"), Aim(5, 1e-3, "excess")
+    assert product.met(Estimate(4e-4, 1.0, True, 1e-2))
+    assert not product.met(Estimate(6e-4, 0.0, True, 1e-2))
+    assert not product.met(Estimate(4e-4, 0.0, True, 4e-2))
+    assert excess.met(Estimate(1.9e-2, 2e-4, True, 1e-2))
+    assert not excess.met(Estimate(1.9e-2, 3e-4, True, 1e-2))
+    assert not excess.met(Estimate(2.1e-2, 2e-4, True, 1e-2))
+    assert not excess.met(Estimate(1.9e-2, 2e-4, True, 4e-2))
+    assert excess.met(Estimate(9e-7, 18.0, True, 1.0))  # a weight of low rank
+    assert not Aim(5, 1.0, "product").met(Estimate(2.1e-2, 0.0, True, 1e-2))
+
+
+@pytest.mark.parametrize("criterion", linalg.CRITERIA)
+@pytest.mark.parametrize("rank", [2, 16])
+def test_small_triplets_beside_a_large_one_are_found_too(rank, criterion, route):
+    of = case("outlier 1e3", 420, 320)
+    error, excess = true_errors(linalg.top_svd(of.weight, rank, 1e-3, criterion=criterion), of)
+    assert (error if criterion == "product" else excess) <= 1e-3
 
 
 def test_excess_is_met_earlier_than_the_product():
