@@ -56,6 +56,7 @@ SPECTRA = {
     "line": lambda n: torch.linspace(1.5, 0.5, n, dtype=torch.float64),
     "low rank": lambda n: low_rank(n, 9),
     "outlier": lambda n: outlier(n, 1e4),
+    "outlier 1e3": lambda n: torch.cat([torch.tensor([1e3]), torch.linspace(1.5, 0.5, n - 1)]),
     "step 16": lambda n: flat_gap(n, 16, 1e-2),
     "step 16 of 1e-3": lambda n: flat_gap(n, 16, 1e-3),
     "gap 1e-3": lambda n: steps(n, 16, 1e-3),
