@@ -139,23 +139,27 @@ def _solve(weight: Tensor, aim: Aim, seed: int) -> TruncatedSVD:
     ordinary = tall.norm > 0 and _RANGE[0] < tall.scale < _RANGE[1]
     if short <= _SMALL or 3 * aim.rank > short or not ordinary:
         return _dense(weight, aim, "")
-    found: TruncatedSVD | str = ""
+    if aim.criterion == "product" and aim.tolerance <= ROUNDING:
+        return _dense(weight, aim, f"tolerance {aim.tolerance:.1e} is below float32's rounding")
+    reason = ""
     if short > _GRAM and aim.rough and fast_bfloat16(weight.device):
-        found = _iterate(tall, aim, seed, "bfloat16")
-    if isinstance(found, str):
-        found = _iterate(tall, aim, seed, "gram" if short <= _GRAM else "lanczos")
+        found = _iterate(tall, aim, seed, "bfloat16", "")
+        if isinstance(found, TruncatedSVD):
+            return found
+        reason = found
+    found = _iterate(tall, aim, seed, "gram" if short <= _GRAM else "lanczos", reason)
     return found if isinstance(found, TruncatedSVD) else _dense(weight, aim, found)
 
 
-def _iterate(tall: Tall, aim: Aim, seed: int, route: str) -> TruncatedSVD | str:
-    """Lanczos; or why it was given up."""
+def _iterate(tall: Tall, aim: Aim, seed: int, route: str, before: str) -> TruncatedSVD | str:
+    """Lanczos; or why it was given up, after what was given up before."""
     n, block = tall.matrix.shape[1], _block(aim.rank)
     generator = torch.Generator().manual_seed(seed)
     start = torch.randn(block, n, generator=generator).to(tall.matrix.device)
     process = Lanczos.begin(_operator(tall, route), start, min(n, 16 * block))
     wanted = aim.rank + guards(aim.rank)
     # With a Gram matrix a step costs less than a check, so the first one is later.
-    check = max(3 * aim.rank, wanted + (11 if route == "gram" else 8) * block)
+    check = max(3 * aim.rank, wanted + (12 if route == "gram" else 8) * block)
     history = [(0, 1.0)]
     while process.size + 2 * block <= n:
         process.step()
@@ -170,15 +174,23 @@ def _iterate(tall: Tall, aim: Aim, seed: int, route: str) -> TruncatedSVD | str:
             rough = estimate(values, couplings, *known, torch.float32)
             precision = torch.float32 if aim.met(rough) else torch.float64
             rows = process.vectors(coefficients).to(precision)
-            result, found = _polish(tall, rows, aim, process.unseen(), route)
+            result, found = _polish(tall, rows, aim, process.unseen(), (route, before))
             if aim.met(found):
                 return result
             if route == "bfloat16":
                 break  # this is as far as it goes
         history.append((process.size, aim.error(found)))
+        if _stalled(history):
+            break  # what is left is rounding
         check = _next_check(history, aim.limit, block)
     error = aim.error(found)
-    return f"{route}: {aim.criterion} error {error:.1e} after {process.size} of {n} vectors"
+    reason = f"{route}: {aim.criterion} error {error:.1e} after {process.size} of {n} vectors"
+    return f"{before}; {reason}" if before else reason
+
+
+def _stalled(history: list[tuple[int, float]]) -> bool:
+    """Whether the error converged, and then not by half in the last four checks."""
+    return len(history) > 5 and 2 * history[-1][1] > history[-5][1] and history[-5][1] < 0.1
 
 
 def _operator(tall: Tall, route: str) -> Apply:
@@ -226,7 +238,7 @@ def _next_check(history: list[tuple[int, float]], limit: float, block: int) -> i
 
 
 def _polish(
-    tall: Tall, rows: Tensor, aim: Aim, unseen: Unseen, route: str
+    tall: Tall, rows: Tensor, aim: Aim, unseen: Unseen, route: tuple[str, str]
 ) -> tuple[TruncatedSVD, Estimate]:
     """Rayleigh-Ritz on W, from vectors that nearly span its leading right space.
 
@@ -250,7 +262,7 @@ def _polish(
     known = (r, unseen, tall.norm, tall.matrix.shape[1])
     found = estimate(before.square().cpu(), couplings, *known, rows.dtype)
     error = float(residual[:, :r].norm() / before[:r].norm())
-    certificate = Certificate(route, found.product, found.excess, found.unique)
+    certificate = Certificate(route[0], found.product, found.excess, found.unique, route[1])
     triplets = ((basis @ left)[:, :r], s[:r] * tall.scale, (turned[:r] @ right.T))
     return finish(triplets, tall.wide, error, certificate), found
 
