@@ -12,9 +12,12 @@ third of the truth where convergence begins.
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+Array = npt.NDArray[np.float64]
 EPS = 2.0**-24  # rounding in float32
 # Singular values closer than this, relative to the largest, are one cluster: the rounding of a
 # float32 weight moves them as much.
@@ -30,6 +33,7 @@ _SMALL = 1e-5  # triplets that matter to no product: singular values below this,
 _FLOOR = 4.0
 # What rounding leaves in any case, of the basis and of the result: 2e-7 to 5e-7 was measured.
 ROUNDING = 6 * EPS
+_HUGE = 1e150
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,7 @@ class Estimate:
     angle: float
 
 
+@np.errstate(over="ignore")  # infinite, and so as wrong as can be
 def estimate(
     values: Tensor,
     couplings: Tensor,
@@ -87,35 +92,36 @@ def estimate(
     Returns:
         the estimate.
     """
-    kept = values[:rank].clamp(min=0)
+    # NumPy: on arrays of some dozens a call of torch costs ten times as much, and there are fifty.
+    all_values, paired = values.numpy(), couplings.numpy()
+    kept = all_values[:rank].clip(min=0)
     energy = float(kept.sum())
     if energy == 0:
         return Estimate(0.0, 0.0, unique=True, angle=0.0)
     first, second = _resolvent(kept, unseen)
-    roots = values.clamp(min=0).sqrt()
-    unique = bool(len(values) == rank or roots[rank - 1] - roots[rank] > CLUSTER * roots[0])
-    squares = couplings.diagonal()[:rank]
+    roots = np.sqrt(all_values.clip(min=0))
+    unique = bool(len(roots) == rank or roots[rank - 1] - roots[rank] > CLUSTER * roots[0])
+    squares = paired.diagonal()[:rank]
     if not unique:
         # Within the cluster of the cut a residual of the size of rounding is none: any of its
         # vectors will do. Else a flat spectrum never converges.
         alike = roots[:rank] - roots[rank] <= CLUSTER * roots[0]
-        noise = (2 * _FLOOR * EPS) ** 2 * values[0] * kept
-        squares = squares.masked_fill(alike & (squares <= noise), 0)
-    inverse = 1 / kept.clamp(min=EPS**2 * energy)
+        noise = (2 * _FLOOR * EPS) ** 2 * all_values[0] * kept
+        squares = np.where(alike & (squares <= noise), 0.0, squares)
+    inverse = 1 / kept.clip(min=EPS**2 * energy)
     # The mean of the left and the right vector's squared angle: the half step has multiplied the
     # one by x/λ, the other by (x/λ)². A triplet that is quite wrong errs by no more than itself.
-    angles = (second - 1.5 * inverse * first + 0.5 * inverse.square()).clamp(min=0)
-    outside = torch.minimum(squares * angles, torch.ones_like(kept))
+    angles = (second - 1.5 * inverse * first + 0.5 * inverse**2).clip(min=0)
+    outside = (squares * angles).clip(max=1)
     rounding = _MIXING * torch.finfo(precision).eps / 2 / size**0.5
-    mixed = _mixing(values, couplings[:rank], rank, first, rounding)
-    wrong = outside + mixed
-    product = (2 * float((kept * wrong).sum()) / energy) ** 0.5
-    angle = float(wrong[roots[:rank] > _SMALL * roots[0]].mean()) ** 0.5
+    wrong = outside + _mixing(all_values, paired[:rank], rank, first, rounding)
+    product = float((2 * (kept * wrong).sum() / energy) ** 0.5)
+    angle = float(wrong[roots[:rank] > _SMALL * roots[0]].mean() ** 0.5)
     # The norm is known to 1e-7: what is left of it may be nothing.
     tail = norm**2 - energy if norm**2 - energy > 16 * EPS * norm**2 else (EPS * norm) ** 2
     # A Ritz value errs by no more than its residual, however close the unseen part is.
-    most = torch.minimum(squares.sqrt(), kept)
-    missed = float(torch.minimum(squares * (first - inverse).clamp(min=0), most).sum())
+    most = np.minimum(np.sqrt(squares), kept)
+    missed = float(np.minimum(squares * (first - inverse).clip(min=0), most).sum())
     rounded = ROUNDING**2 * energy
     excess = (missed + rounded) / (2 * tail)
     return Estimate(min(product + ROUNDING, 2**0.5), excess, unique, angle)
@@ -136,32 +142,31 @@ def rounded(values: Tensor, couplings: Tensor) -> tuple[Tensor, Tensor]:
     return values, couplings + torch.diag((_FLOOR * EPS) ** 2 * values[0] * values)
 
 
-def _resolvent(values: Tensor, unseen: Unseen) -> tuple[Tensor, Tensor]:
+def _resolvent(values: Array, unseen: Unseen) -> tuple[Array, Array]:
     """The resolvent of the unseen part at λ, and its negated derivative; huge inside of it."""
     distance = values - unseen.center
-    under = distance.square() - 4 * unseen.spread**2
+    under = distance**2 - 4 * unseen.spread**2
     outside = (distance > 0) & (under > 0)
-    root = torch.where(outside, under, torch.ones_like(under)).sqrt()
+    root = np.sqrt(np.where(outside, under, 1.0))
     # Not (d − root)/(2·spread²), which cancels where the spread is small.
-    first = 2 / (distance + root)
+    first = 2 / np.where(outside, distance + root, 1.0)
     # The derivative the larger of the two, as everywhere near the edge: of two that are equal the
     # difference, which the angles are made of, is negative for λ < 1.5.
-    huge = torch.full_like(values, 1e150)
-    return torch.where(outside, first, huge), torch.where(outside, first / root, huge.square())
+    return np.where(outside, first, _HUGE), np.where(outside, first / root, _HUGE**2)
 
 
-def _mixing(
-    values: Tensor, couplings: Tensor, rank: int, resolvent: Tensor, rounding: float
-) -> Tensor:
+def _mixing(values: Array, couplings: Array, rank: int, resolvent: Array, rounding: float) -> Array:
     """Squared angles by which kept triplets are mixed with guards, but for those of a cluster.
 
     They are orthogonal within the basis; what mixes them is the way through the unseen part, and
     the rounding of the products.
     """
-    roots = values.clamp(min=0).sqrt()
-    gaps = (values[:rank, None] - values[None, rank:]).clamp(min=1e-300)
-    through = (couplings[:, rank:] / gaps) * resolvent[:, None]
-    apart = (roots[:rank, None] - roots[None, rank:]).clamp(min=1e-300)
+    roots = np.sqrt(values.clip(min=0))
+    gaps = (values[:rank, None] - values[None, rank:]).clip(min=1e-300)
+    apart = (roots[:rank, None] - roots[None, rank:]).clip(min=1e-300)
     moved = rounding * (roots[:rank, None] + _OUTLIER * roots[0])
-    angles = (through.square() + (moved / apart).square()).clamp(max=1)
-    return angles.masked_fill(apart <= CLUSTER * roots[0], 0).sum(dim=1).clamp(max=1)
+    through = (couplings[:, rank:] / gaps) * resolvent[:, None]
+    angles = (through**2 + (moved / apart) ** 2).clip(max=1)
+    angles = np.where(apart <= CLUSTER * roots[0], 0.0, angles)
+    mixed: Array = angles.sum(axis=1).clip(max=1)
+    return mixed

@@ -29,6 +29,7 @@ class Lanczos:
             because gaps between its eigenvalues are a thousandth of the largest and less.
         block: vectors that are added at a time.
         size: vectors so far.
+        largest: entry of `small`, about.
     """
 
     apply: Apply
@@ -36,6 +37,7 @@ class Lanczos:
     small: Tensor
     block: int
     size: int = 0
+    largest: float = 0.0
 
     @classmethod
     def begin(cls, apply: Apply, start: Tensor, capacity: int) -> "Lanczos":
@@ -68,6 +70,7 @@ class Lanczos:
         rest.addmm_(again, known, alpha=-1)
         diagonal = (along + again)[:, begin:].double().cpu()
         self.small[begin:end, begin:end] = (diagonal + diagonal.T) / 2
+        self.largest = max(self.largest, float(diagonal.max()))
         following, coupling = self._orthonormal(rest, known)
         self.basis[end : end + self.block] = following
         self.small[end : end + self.block, begin:end] = coupling
@@ -122,13 +125,14 @@ class Lanczos:
         """The next block, and how it couples to the last."""
         q, r = torch.linalg.qr(rest.T)
         coupling = r.double().cpu()
-        largest = float(torch.maximum(self.small.diagonal().max(), coupling.abs().max()))
-        vanished = coupling.diagonal().abs() <= _VANISHED * largest
-        if bool(vanished.any()):
+        sizes = coupling.diagonal().abs()
+        self.largest = max(self.largest, float(coupling.abs().max()))
+        if float(sizes.min()) <= _VANISHED * self.largest:
             # The basis holds an invariant subspace. What is left of a direction is rounding, in
             # the worst case within the basis: others are drawn, which also find what the start
             # missed.
             generator = torch.Generator().manual_seed(self.size)
+            vanished = sizes <= _VANISHED * self.largest
             drawn = torch.randn(len(q), int(vanished.sum()), generator=generator)
             q[:, vanished.to(q.device)] = drawn.to(q.device)
             for _ in range(2):

@@ -14,7 +14,7 @@ WHOLE = 1 << 26
 # with 16 vectors a step takes 20 ms by such panels and 27 ms without.
 PANEL = 1 << 20
 _USUAL = 20  # exponents of weights that need no scale
-_PARTS = 4  # strips of a Gram matrix
+_PARTS = 6  # strips of a Gram matrix
 _SMALLEST, _LARGEST = 1e-15, 1e18  # norms whose squares float32 holds
 
 
