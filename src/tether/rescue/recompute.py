@@ -10,6 +10,7 @@ from tether import methods
 from tether.checkpoint import Checkpoint
 from tether.errors import RescueError, TetherError
 from tether.fingerprints import fingerprint_tensor
+from tether.linalg import Certificate
 from tether.methods import Context
 from tether.rescue import product
 from tether.rescue.sources import Found, read_weight
@@ -19,6 +20,7 @@ _FLOAT32 = 2.0**-24
 # Float32 decompositions of real weights differ from the exact one by up to twice the first-order
 # estimate of the perturbation that one rounding of every weight causes.
 _SAFETY = 2.0
+_TOLERANCE = 1e-6  # of our own decomposition: below that uncertainty
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,14 +62,13 @@ class Recomputed:
         return Found(anchor, part, gap=gap, error=error, fingerprint=print_)
 
 
-def _context(layer: LayerAdapter) -> Context:
-    return Context("", layer.scaling, torch.Generator())
-
-
 def _pissa(matrix: Tensor, layer: LayerAdapter) -> tuple[Factors, float, float]:
     """Start, gap, error: turning triplet r into r + 1 costs little where σ_r ≈ σ_{r+1}."""
     rank, smaller = layer.rank, min(matrix.shape)
-    more = methods.get("pissa").start(matrix, min(rank + 1, smaller), _context(layer))
+    certificates: list[Certificate] = []
+    context = Context("", layer.scaling, torch.Generator(), certificates.append)
+    method = methods.get("pissa", {"tolerance": _TOLERANCE})
+    more = method.start(matrix, min(rank + 1, smaller), context)
     s = layer.scaling * more.B.double().square().sum(0)
     # A last value of zero leaves nothing to turn.
     unsure = rank < smaller and float(s[rank - 1]) > 0
@@ -76,12 +77,14 @@ def _pissa(matrix: Tensor, layer: LayerAdapter) -> tuple[Factors, float, float]:
     # First order in one rounding: |E|·(√(2r) + 2·σ_r/(σ_r − σ_{r+1})), at most the triplet itself.
     turned = min(2 * _FLOAT32 * float(s[0]) / max(gap, 1e-300), 2 * float(s[rank - 1]))
     error = _FLOAT32 * float(s[0]) * math.sqrt(2 * rank) + turned
-    return start, gap, _SAFETY * error
+    ours = certificates[-1].product_error * float(s.norm())
+    return start, gap, _SAFETY * (error + ours)
 
 
 def _olora(matrix: Tensor, layer: LayerAdapter) -> tuple[Factors, float, float]:
     """Start, gap, error: the span of the leading columns is as sure as they are independent."""
-    start = methods.get("olora").start(matrix, layer.rank, _context(layer))
+    context = Context("", layer.scaling, torch.Generator())
+    start = methods.get("olora").start(matrix, layer.rank, context)
     leading = torch.linalg.svdvals(start.A[:, : layer.rank].double())
     size = float(torch.linalg.matrix_norm(start.A.double()))
     gap = float(leading[-1] / leading[0]) if float(leading[0]) > 0 else 1.0
