@@ -232,7 +232,9 @@ def test_a_process_that_is_interrupted_goes_on_as_if_it_had_not_been(
     process.send_signal(signal.SIGINT)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert stderr == "stopping after this step; the run is saved and can be resumed\n"
+    # Libraries that transformers loads may log before.
+    said_last = stderr.splitlines()[-1]
+    assert said_last == "stopping after this step; the run is saved and can be resumed"
     said = json.loads(stdout)
     assert said["status"] == "interrupted"
     done = said["steps_done"]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from tether import formats, methods
+from tether import formats
 from tether.cli.console import (
     Bars,
     CacheOption,
@@ -18,7 +18,19 @@ from tether.cli.console import (
     print_json,
     use_all_cores,
 )
-from tether.cli.lora import lora_fields
+from tether.cli.lora import (
+    AlphaOption,
+    AlphaPatternOption,
+    DoraOption,
+    ExcludeOption,
+    InitOption,
+    LayersOption,
+    RankOption,
+    RankPatternOption,
+    RsloraOption,
+    TargetOption,
+    lora_fields,
+)
 from tether.config import LoraConfig
 from tether.errors import ConfigError
 from tether.integrations import hub, smollm2
@@ -37,27 +49,16 @@ def command(
     output: Annotated[Path, typer.Option("--out", help="Native file to write.")] = Path(
         "anchors.safetensors"
     ),
-    init: Annotated[str, typer.Option(help=f"Method: {', '.join(methods.names())}.")] = "pissa",
-    rank: Annotated[int, typer.Option(help="Rank r.")] = 16,
-    alpha: Annotated[float | None, typer.Option(help="Scaling is alpha/r. Default: r.")] = None,
-    rslora: Annotated[bool, typer.Option("--rslora", help="Scaling alpha/sqrt(r).")] = False,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(help="Module name or glob; repeat for more. Default: all-linear."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Module name or glob to leave out; repeatable.")
-    ] = None,
-    layers: Annotated[
-        list[int] | None, typer.Option(help="Index of a layer to adapt; repeatable.")
-    ] = None,
-    rank_pattern: Annotated[
-        list[str] | None, typer.Option(help="NAME=RANK for some modules; repeatable.")
-    ] = None,
-    alpha_pattern: Annotated[
-        list[str] | None, typer.Option(help="NAME=ALPHA for some modules; repeatable.")
-    ] = None,
-    dora: Annotated[bool, typer.Option("--dora", help="Train the rows' lengths too.")] = False,
+    init: InitOption = "pissa",
+    rank: RankOption = 16,
+    alpha: AlphaOption = None,
+    rslora: RsloraOption = False,
+    target: TargetOption = None,
+    exclude: ExcludeOption = None,
+    layers: LayersOption = None,
+    rank_pattern: RankPatternOption = None,
+    alpha_pattern: AlphaPatternOption = None,
+    dora: DoraOption = False,
     seed: Annotated[int, typer.Option(help="Of the start's random numbers.")] = 0,
     workers: Annotated[
         int | None, typer.Option(help="Weights at a time. Default: one per core.")
@@ -75,7 +76,6 @@ def command(
     kept in the cache as soon as it is found, so a run that was interrupted goes on where it
     stopped, and training the same model finds them there.
     """
-    del init, rank, alpha, rslora, target, exclude, layers, rank_pattern, alpha_pattern, dora
     with guarded(json_, debug):
         use_all_cores()
         if output.is_dir():  # before the work, not after it

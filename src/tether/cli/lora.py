@@ -1,9 +1,34 @@
 """The options of an adapter, as fields of LoraConfig."""
 
 from contextlib import suppress
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from tether import methods
 from tether.errors import ConfigError
+
+InitOption = Annotated[str, typer.Option(help=f"Method: {', '.join(methods.names())}.")]
+RankOption = Annotated[int, typer.Option(help="Rank r.")]
+AlphaOption = Annotated[float | None, typer.Option(help="Scaling is alpha/r. Default: r.")]
+RsloraOption = Annotated[bool, typer.Option("--rslora", help="Scaling alpha/sqrt(r).")]
+TargetOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Module name or glob; repeat for more. Default: all-linear."),
+]
+ExcludeOption = Annotated[
+    list[str] | None, typer.Option(help="Module name or glob to leave out; repeatable.")
+]
+LayersOption = Annotated[
+    list[int] | None, typer.Option(help="Index of a layer to adapt; repeatable.")
+]
+RankPatternOption = Annotated[
+    list[str] | None, typer.Option(help="NAME=RANK for some modules; repeatable.")
+]
+AlphaPatternOption = Annotated[
+    list[str] | None, typer.Option(help="NAME=ALPHA for some modules; repeatable.")
+]
+DoraOption = Annotated[bool, typer.Option("--dora", help="Train the rows' lengths too.")]
 
 # Option -> field of LoraConfig.
 FIELDS = {

@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from tether import methods
 from tether.cli.console import (
     Bars,
     CacheOption,
@@ -23,7 +22,20 @@ from tether.cli.console import (
     print_json,
     use_all_cores,
 )
-from tether.cli.lora import FIELDS, lora_fields
+from tether.cli.lora import (
+    FIELDS,
+    AlphaOption,
+    AlphaPatternOption,
+    DoraOption,
+    ExcludeOption,
+    InitOption,
+    LayersOption,
+    RankOption,
+    RankPatternOption,
+    RsloraOption,
+    TargetOption,
+    lora_fields,
+)
 from tether.config import LoraConfig
 from tether.training import run as runs
 from tether.training.run import Run
@@ -53,28 +65,17 @@ def command(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for the results.")] = Path(
         "tether-out"
     ),
-    init: Annotated[str, typer.Option(help=f"Method: {', '.join(methods.names())}.")] = "pissa",
-    rank: Annotated[int, typer.Option(help="Rank r.")] = 16,
-    alpha: Annotated[float | None, typer.Option(help="Scaling is alpha/r. Default: r.")] = None,
-    rslora: Annotated[bool, typer.Option("--rslora", help="Scaling alpha/sqrt(r).")] = False,
+    init: InitOption = "pissa",
+    rank: RankOption = 16,
+    alpha: AlphaOption = None,
+    rslora: RsloraOption = False,
     dropout: Annotated[float, typer.Option(help="Dropout of the adapter's input.")] = 0.0,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(help="Module name or glob; repeat for more. Default: all-linear."),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Module name or glob to leave out; repeatable.")
-    ] = None,
-    layers: Annotated[
-        list[int] | None, typer.Option(help="Index of a layer to adapt; repeatable.")
-    ] = None,
-    rank_pattern: Annotated[
-        list[str] | None, typer.Option(help="NAME=RANK for some modules; repeatable.")
-    ] = None,
-    alpha_pattern: Annotated[
-        list[str] | None, typer.Option(help="NAME=ALPHA for some modules; repeatable.")
-    ] = None,
-    dora: Annotated[bool, typer.Option("--dora", help="Train the rows' lengths too.")] = False,
+    target: TargetOption = None,
+    exclude: ExcludeOption = None,
+    layers: LayersOption = None,
+    rank_pattern: RankPatternOption = None,
+    alpha_pattern: AlphaPatternOption = None,
+    dora: DoraOption = False,
     bias: Annotated[str, typer.Option(help="Biases to train: none, lora_only, all.")] = "none",
     save_module: Annotated[
         list[str] | None, typer.Option(help="Module to train whole; repeatable.")
