@@ -10,12 +10,14 @@ import copy
 import hashlib
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Annotated, Any
+from unittest import mock
 
 import measure
 import peft
@@ -26,6 +28,7 @@ from measure import Contender, Row, Target
 from torch import Tensor, nn
 
 import tether
+import tether.start.site
 from tether.integrations import hub, smollm2
 
 BYTES = "SHA-256 of the bytes of every adapted weight"
@@ -107,6 +110,33 @@ def hashing(model: nn.Module, paths: list[str]) -> Contender:
     return Contender(work)
 
 
+def shares(work: Callable[[], object]) -> str:
+    """Where the CPU time of one run at one thread goes, in words."""
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            began = time.process_time()
+            result = call(*args, **kwargs)
+            seconds[name] = seconds.get(name, 0.0) + time.process_time() - began
+            return result
+
+        return inner
+
+    places = {
+        "decomposing": (tether.linalg, "top_svd"),
+        "taking fingerprints": (tether.start.site, "fingerprint_tensor"),
+    }
+    torch.set_num_threads(1)
+    with ExitStack() as stack:
+        for name, (module, attribute) in places.items():
+            spied = timed(name, getattr(module, attribute))
+            stack.enter_context(mock.patch.object(module, attribute, spied))
+        timed("all", work)()
+    parts = (f"{name} {seconds.get(name, 0.0) / seconds['all']:.0%}" for name in places)
+    return ", ".join(parts)
+
+
 def init_row(model: nn.Module, rank: int, repeats: int) -> Row:
     """All anchors of a model."""
     paths = list(init(model, rank, cache=False).layers)
@@ -122,6 +152,7 @@ def init_row(model: nn.Module, rank: int, repeats: int) -> Row:
     for name, errors in worst(model, rank, found).items():
         sides[name].accuracy = errors
         sides[name].notes = {"sites": str(len(paths)), "accuracy": "of the worst site"}
+    sides["tether"].notes["time"] = shares(lambda: init(model, rank, cache=False))
     how = "tether: `init`, no cache, every weight fingerprinted; peft: `get_peft_model`, `pissa`"
     target = Target(4.5, aim=8, accuracy=SITE)
     return Row("init SmolLM2 r16", how, sides, target=target, limit=BYTES)
