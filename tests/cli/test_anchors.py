@@ -251,3 +251,16 @@ def test_a_run_that_was_killed_goes_on_where_it_stopped(wide, anchors, tmp_path,
     whole = tmp_path / "whole.safetensors"
     assert succeed_json("anchors", wide, "--out", whole)["cached"] == 0
     assert everything(tether.load(out)) == everything(tether.load(whole))
+
+
+def test_a_cache_that_cannot_be_written_is_one_line_and_no_obstacle(model, tmp_path):
+    (tmp_path / "cache").write_text("a file where the cache should be")
+    environment = os.environ | {"TETHER_CACHE": str(tmp_path / "cache"), "TETHER_NO_CACHE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tether", "anchors", model, "--rank", "2", "--out", "a.safetensors"],
+        cwd=tmp_path, env=environment, check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    lines = [line for line in done.stderr.splitlines() if "tether" in line.lower()]
+    assert [line[:32] for line in lines] == ["warning: anchors are not kept in"]
+    assert "TETHER_NO_CACHE=1" in lines[0]
+    assert (tmp_path / "a.safetensors").exists()

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -56,7 +57,8 @@ def guarded(as_json: bool, debug: bool) -> Iterator[None]:
         typer.Exit: with code 2, after an error was shown; 130 after Ctrl-C.
     """
     try:
-        yield
+        with _plain_warnings():
+            yield
     except (typer.Exit, typer.Abort):
         raise
     except KeyboardInterrupt:
@@ -70,6 +72,21 @@ def guarded(as_json: bool, debug: bool) -> Iterator[None]:
             message = f"{message} (unexpected; --debug shows where)"
         show_error(name, message, as_json)
         raise typer.Exit(2) from error
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show a warning as one line, without the place in the code that it came from."""
+    before = warnings.showwarning
+
+    def show(message: Warning | str, *_: object) -> None:
+        print(f"warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+    warnings.showwarning = show  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 def show_error(name: str, message: str, as_json: bool) -> None:
