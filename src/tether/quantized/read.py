@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from tether import fingerprints
 from tether.errors import MetaTensorError, UnsupportedModuleError
 from tether.fingerprints import check_fingerprint
 from tether.provenance import Fingerprint
@@ -92,6 +93,16 @@ def check(path: str, stored: Tensor | Quantized, expected: Fingerprint) -> None:
     digest = stored.digest()
     if (stored.kind, stored.shape, digest) != (expected.dtype, expected.shape, expected.sha256):
         check_fingerprint(path, stored.fingerprint(digest), expected)
+
+
+def _print(label: str, weight: Tensor, module: nn.Module) -> Fingerprint | None:
+    if type(weight) in (nn.Parameter, Tensor):
+        return None
+    found = read(label, weight, module)
+    return None if found is None else found.fingerprint()
+
+
+fingerprints.readers.append(_print)
 
 
 def _unknown(label: str, weight: Tensor, module: nn.Module | None) -> UnsupportedModuleError:
