@@ -132,32 +132,27 @@ def expanded(layer: nn.Module) -> Tensor:
 
 def stored(model: nn.Module) -> dict[str, bytes]:
     """Every byte of a base: parameters, buffers, and what the libraries keep beside them."""
-    found: dict[str, bytes] = {}
-
-    def put(name: str, value: object) -> None:
-        if isinstance(value, Tensor):
-            for part in getattr(value, "tensor_data_names", ()):
-                put(f"{name}.{part}", getattr(value, part))
-            if type(value).__module__.startswith("torchao"):
-                return
-            flat = value.detach().as_subclass(Tensor).contiguous().reshape(-1)
-            found[name] = bytes(flat.view(torch.uint8).numpy())
-
+    held: dict[str, object] = {}
     for path, module in model.named_modules():
         if ".tether" in f".{path}":
             continue
-        for name, tensor in {**module._parameters, **module._buffers}.items():
-            put(f"{path}.{name}", tensor)
-        weight = module._parameters.get("weight")
+        own = {**module._parameters, **module._buffers}
+        held |= {f"{path}.{name}": tensor for name, tensor in own.items()}
+        weight = own.get("weight")
+        for key in ("qdata", "scale", "zero_point"):
+            held[f"{path}.{key}"] = getattr(weight, key, None)
         state = getattr(weight, "quant_state", None)
         for holder, name in ((state, "state"), (getattr(state, "state2", None), "inner")):
             for key in ("absmax", "code", "offset"):
-                put(f"{path}.{name}.{key}", getattr(holder, key, None))
+                held[f"{path}.{name}.{key}"] = getattr(holder, key, None)
         if isinstance(weight, bitsandbytes.nn.Int8Params):
             # The first forward pass moves it.
-            scales = weight.SCB if weight.SCB is not None else module.state.SCB
-            put(f"{path}.scales", scales)
-    return found
+            held[f"{path}.scales"] = weight.SCB if weight.SCB is not None else module.state.SCB
+    return {
+        name: bytes(value.detach().as_subclass(Tensor).reshape(-1).view(torch.uint8).numpy())
+        for name, value in held.items()
+        if isinstance(value, Tensor) and not type(value).__module__.startswith("torchao")
+    }
 
 
 def save_llama(folder: Path, seed: int = 0, **settings: object) -> Path:

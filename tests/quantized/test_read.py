@@ -274,5 +274,7 @@ def test_a_slot_remembers_quantised_weights_and_sees_them_change(monkeypatch):
 
 def test_importing_tether_imports_neither_library():
     code = "import sys, tether; print([n for n in ('bitsandbytes', 'torchao') if n in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert result.stdout.strip() == "[]"
