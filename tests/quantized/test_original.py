@@ -9,12 +9,13 @@ import torch
 
 import tether
 from tether import formats
-from tether.errors import BaseMismatchError, ConfigError, HeaderError
+from tether.errors import BaseMismatchError, ConfigError, HeaderError, MetaTensorError
 from tether.merged import save_merged
 from tether.provenance import Provenance
 from tether.start import Search, find, site
+from tether.start import adapter as starting
 
-from .bases import SETTINGS, expanded, load_llama, save_llama, tokens
+from .bases import SETTINGS, bitsandbytes, expanded, load_llama, save_llama, tokens
 
 SITES = 14
 
@@ -169,3 +170,25 @@ def test_merging_into_the_original_is_refused_until_insisted(folder, tmp_path):
         save_merged(folder, adapter, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     save_merged(folder, adapter, tmp_path / "merged", verify=False)
+
+
+@pytest.mark.parametrize("original", [False, True])
+def test_ranks_with_differently_quantised_bases_disagree(original, folder):
+    def said(kind: str) -> str:
+        config, search = tether.LoraConfig(rank=4), Search(folder if original else None)
+        model = load_llama(folder, kind)
+        task = starting._prepare(model, config, search)
+        return starting._described(task, model, config, search)[1]
+
+    assert said("nf4") == said("nf4")
+    assert said("nf4") != said("fp4") != said("int8")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_a_quantised_base_without_values_cannot_be_named(dtype, folder):
+    model = load_llama(folder)
+    codes = torch.empty(3072, 1, dtype=dtype, device="meta")
+    weight = bitsandbytes.nn.Params4bit(codes, requires_grad=False)
+    model.model.layers[1].mlp.up_proj.weight = weight
+    with pytest.raises(MetaTensorError, match=r"layers.1.mlp.up_proj.*Load the quantised model"):
+        tether.init(model, tether.LoraConfig(rank=4), weights_from=folder)

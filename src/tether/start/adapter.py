@@ -233,7 +233,7 @@ def _held(model: nn.Module, path: str) -> Quantized | None:
     module = model.get_submodule(path)
     weight = module.weight
     assert isinstance(weight, Tensor)
-    if weight.is_meta and weight.is_floating_point():
+    if type(weight) is nn.Parameter and weight.is_meta:
         return None
     return quantized.read(f"site {path!r}: weight", weight, module)
 
@@ -248,15 +248,18 @@ def _described(
     """A task, and all that its starts depend on; of each weight in memory, how it begins."""
     plans = [job.plan for job in task.jobs]
     each = [(i.site.path, i.site.layout.shape, i.rank, i.scaling) for i in plans]
-    begin = ""
     if search.weights_from is None:
-        begin = " ".join(_beginning(_live_weight(model, item.site.path)) for item in plans)
+        stored = [_live_weight(model, item.site.path) for item in plans]
+    else:
+        stored = [job.held for job in task.jobs if job.held is not None]
+    begin = " ".join(map(_beginning, stored))
     return task, json.dumps([each, config.to_dict(), begin], sort_keys=True)
 
 
 def _beginning(stored: Tensor | Quantized) -> str:
-    tensors = stored.parts.values() if isinstance(stored, Quantized) else (stored,)
-    return " ".join(sha256(t[:_SAMPLE].reshape(-1)[:_SAMPLE]) for t in tensors)
+    if not isinstance(stored, Quantized):
+        return sha256(stored[:1].reshape(-1)[:_SAMPLE])
+    return " ".join(sha256(part.reshape(-1)[:_SAMPLE]) for part in stored.parts.values())
 
 
 def _adapter(
