@@ -119,7 +119,7 @@ def test_what_is_written_says_which_base_and_how_far(folder, tmp_path):
     card = (tmp_path / "lora" / "README.md").read_text("utf-8")
     assert "| base | quantised as bitsandbytes nf4 |" in card
     assert f"original weights: {low:.2g} to {high:.2g} of their norm" in card
-    assert "Load the base quantised in the same way" in card
+    assert "Load that base quantised in the same way" in card
 
     plain = tether.init(load_llama(folder, None), tether.LoraConfig(rank=4))
     report = tether.save_as_lora(plain, tmp_path / "plain")

@@ -78,7 +78,7 @@ def _load(origin: Provenance) -> str:
     if not origin.quantization:
         return ""
     return (
-        "It was trained on a **quantised** base. Load the base quantised in the same way, or its\n"
+        "It belongs to a **quantised** base. Load that base quantised in the same way, or its\n"
         "output differs by more than what the adapter was trained for.\n\n"
     )
 
