@@ -22,6 +22,7 @@ ORDER = (
     "compare",
     "fingerprints",
     "methods",
+    "quantized",
     "sites",
     "whole",
     "config",

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from tether import freeze, sites, whole
+from tether import freeze, quantized, sites, whole
 from tether.config import LoraConfig
 from tether.errors import (
     ConfigError,
@@ -17,7 +17,6 @@ from tether.errors import (
     UnsupportedModuleError,
     nearest,
 )
-from tether.fingerprints import check_fingerprint
 from tether.handle import Handle
 from tether.layers import (
     Anchor,
@@ -60,7 +59,8 @@ def attach(
     `enable_input_require_grads()` too.
 
     Args:
-        model: any module; floating-point weights at the sites. Not yet sharded (FSDP).
+        model: any module; its weights at the sites floating point, or quantised by bitsandbytes
+            (nf4, fp4, int8) or torchao (int8). Not yet sharded (FSDP).
         adapter: a value, copied; or a configuration, from which one is made; None for PiSSA.
         name: letters, digits, "_" and "-"; by it the adapter is found again.
         trainable: whether its factors require gradients.
@@ -131,8 +131,7 @@ def _make_layers(
     }
     layers: dict[str, Layer] = {}
     for path, (module, layout) in modules.items():
-        weight = sites.base_weight(path, module)
-        factors = _measured(path, value.layers[path], layout.matrix(weight))
+        factors = _measured(path, value.layers[path], module, layout)
         anchor = _shared_anchor(module, factors, dtype)
         layers[path] = SiteLayer(path, factors, layout, record, dtype, anchor, biases.get(path))
     for path, bias in biases.items():
@@ -148,11 +147,12 @@ def _make_layers(
     return layers
 
 
-def _measured(path: str, layer: LayerAdapter, matrix: Tensor) -> LayerAdapter:
+def _measured(path: str, layer: LayerAdapter, module: nn.Module, layout: Layout) -> LayerAdapter:
     """A layer whose DoRA magnitude has its anchor; files of other libraries hold only the sum."""
     if layer.magnitude is None:
         return layer
-    start = whole.row_lengths(matrix)
+    weight = quantized.dense(sites.stored_weight(path, module))
+    start = whole.row_lengths(layout.matrix(weight))
     # The weight itself has been checked; lengths summed in another order differ in the last bit.
     magnitude = whole.bind(f"{path}: magnitude", layer.magnitude, start, verify=False)
     return replace(layer, magnitude=magnitude)
@@ -227,8 +227,8 @@ def _find(
             f"site {path!r}: the weight here is {here}, the adapter changes one of {wanted}. "
             "Load the base model that the adapter was made on."
         )
-    weight = sites.base_weight(path, modules[path])
+    weight = sites.stored_weight(path, modules[path])
     expected = value.provenance.fingerprints.get(path)
     if verify and expected is not None:
-        check_fingerprint(path, weight, expected)
+        quantized.check(path, weight, expected)
     return modules[path], layout

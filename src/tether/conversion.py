@@ -53,6 +53,8 @@ class ConversionReport:
         wholes: name of a parameter trained whole -> relative error of its displacement.
         verification: the comparison with the live model, if one was asked for.
         after: what became of the live adapter: "keep", "offload" or "detach".
+        quantization: how the base is quantised that the adapter belongs to: no kind, one or more.
+        gaps: site path -> |W_q − W| / |W| of that base, where the original weight W was at hand.
     """
 
     path: Path
@@ -63,6 +65,8 @@ class ConversionReport:
     wholes: Mapping[str, float] = field(default_factory=dict)
     verification: Verification | None = None
     after: str = "keep"
+    quantization: tuple[str, ...] = ()
+    gaps: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def error(self) -> float:
@@ -75,8 +79,8 @@ class ConversionReport:
         """The report as JSON values.
 
         Returns:
-            path, dtype, rank, error, curve, after, and for each site rank, norm and error; wholes
-            and verification where there are any.
+            path, dtype, rank, error, curve, after, and for each site rank, norm and error; wholes,
+            verification, quantization and gaps where there are any.
         """
         values: dict[str, Json] = {
             "path": str(self.path),
@@ -89,6 +93,9 @@ class ConversionReport:
         }
         if self.wholes:
             values["wholes"] = dict(self.wholes)
+        if self.quantization:
+            values["quantization"] = list(self.quantization)
+            values["gaps"] = dict(self.gaps)
         if self.verification is not None:
             checked = self.verification
             values["verification"] = {
@@ -108,6 +115,11 @@ class ConversionReport:
         if self.curve:
             cuts = ", ".join(f"{rank}: {error:.2e}" for rank, error in self.curve.items())
             lines.append(f"relative error when cut to rank {cuts}")
+        if self.quantization:
+            lines.append(f"for the base quantised as {', '.join(self.quantization)}")
+        if self.gaps:
+            low, high = min(self.gaps.values()), max(self.gaps.values())
+            lines.append(f"which lies {low:.2g} to {high:.2g} of |W| from the original weights")
         if self.verification is not None:
             lines.append(
                 f"logits differ by {self.verification.error:.2e} (largest "

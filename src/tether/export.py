@@ -92,6 +92,7 @@ def save_as_lora(
         handle.offload(offload_to)
     if handle is not None and after == "detach":
         handle.detach()
+    origin = reader.about.provenance
     return ConversionReport(
         path=Path(path),
         dtype=peft_write.DTYPES[dtype],
@@ -101,6 +102,8 @@ def save_as_lora(
         wholes=wholes,
         verification=checked,
         after=after,
+        quantization=origin.quantization,
+        gaps=dict(origin.gaps),
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from tether.errors import BaseMismatchError, MetaTensorError
 from tether.provenance import Fingerprint
 from tether.value import CHILD
 
+# How to fingerprint parameters that are no plain tensors, of a module; `tether.quantized` adds its.
+readers: list[Callable[[str, Tensor, nn.Module], Fingerprint | None]] = []
 _CHUNK = 1 << 18  # values hashed at a time: bounds the extra memory, and stays in the cache
 
 
@@ -49,7 +52,7 @@ def fingerprint_tensor(tensor: Tensor, sha256: str | None = None) -> Fingerprint
 
 
 def fingerprint(model: nn.Module) -> dict[str, Fingerprint]:
-    """Fingerprints of a model's own floating-point parameters, without attached adapters.
+    """Fingerprints of a model's own parameters, without attached adapters.
 
     Two models with equal results are the same, bit for bit.
 
@@ -57,16 +60,27 @@ def fingerprint(model: nn.Module) -> dict[str, Fingerprint]:
         model: any module; read only.
 
     Returns:
-        parameter name ("model.layers.0.mlp.up_proj.weight") -> fingerprint.
+        parameter name ("model.layers.0.mlp.up_proj.weight") -> fingerprint, of those that are
+        floating point or quantised.
 
     Raises:
         MetaTensorError: a parameter has no values.
+        UnsupportedModuleError: one is quantised in a way that is not known.
     """
     own = {n: p for n, p in model.named_parameters() if f".{CHILD}." not in f".{n}"}
     for name, parameter in own.items():
         if parameter.is_meta:
             raise MetaTensorError(f"{name}: is on the meta device, without values. Load it first.")
-    return {n: fingerprint_tensor(p) for n, p in own.items() if p.is_floating_point()}
+    found = {}
+    for name, parameter in own.items():
+        module = model.get_submodule(name.rpartition(".")[0])
+        read = (reader(name, parameter, module) for reader in readers)
+        print_ = next((each for each in read if each is not None), None)
+        if print_ is None and parameter.is_floating_point():
+            print_ = fingerprint_tensor(parameter)
+        if print_ is not None:
+            found[name] = print_
+    return found
 
 
 def check_fingerprint(path: str, tensor: Tensor | Fingerprint, expected: Fingerprint) -> None:

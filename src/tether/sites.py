@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
 
+from tether import quantized
 from tether.errors import (
     MergedError,
     MetaTensorError,
@@ -16,6 +16,7 @@ from tether.errors import (
     UnsupportedModuleError,
     nearest,
 )
+from tether.quantized import Quantized
 from tether.value import CHILD, KEPT, Layout
 
 ALL_LINEAR = "all-linear"
@@ -149,8 +150,30 @@ def layout_of(path: str, module: nn.Module) -> Layout:
     )
 
 
+def stored_weight(path: str, module: nn.Module) -> Tensor | Quantized:
+    """The weight of a site as the base holds it, quantised or not. Not a copy.
+
+    Args:
+        path: for the message.
+        module: a module that `layout_of` accepts.
+
+    Returns:
+        the weight itself, or what a quantised one holds.
+
+    Raises:
+        MetaTensorError: it has no values.
+        ShardedWeightError: it is a DTensor.
+        UnsupportedModuleError: it is quantised in a way that is not known.
+    """
+    weight = _weight(path, module)
+    label = f"site {path!r}: weight"
+    _check_here(label, weight)
+    found = quantized.read(label, weight, module)
+    return weight if found is None else found
+
+
 def base_weight(path: str, module: nn.Module) -> Tensor:
-    """The weight of a site, checked to be readable. Not a copy.
+    """The floating-point weight of a site, checked to be readable. Not a copy.
 
     Args:
         path: for the message.
@@ -182,6 +205,17 @@ def check_readable(label: str, tensor: Tensor, module: nn.Module) -> None:
         ShardedWeightError: it is a DTensor.
         UnsupportedModuleError: it is not floating point (quantised).
     """
+    _check_here(label, tensor)
+    found = quantized.read(label, tensor, module)
+    if found is not None:
+        raise UnsupportedModuleError(
+            f"{label} in {type(module).__name__} is quantised ({found.kind}), and this needs a "
+            "floating-point weight. Load the base unquantised, or exclude the module."
+        )
+
+
+def _check_here(label: str, tensor: Tensor) -> None:
+    """The tensor has values, all of them on this process."""
     if tensor.is_meta:
         raise MetaTensorError(
             f"{label} {tuple(tensor.shape)} is on the meta device, without values. "
@@ -191,11 +225,6 @@ def check_readable(label: str, tensor: Tensor, module: nn.Module) -> None:
         raise ShardedWeightError(
             f"{label} {tuple(tensor.shape)} is a DTensor. "
             "Attach before fully_shard, then shard the model with its adapter."
-        )
-    if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise UnsupportedModuleError(
-            f"{label} of dtype {tensor.dtype} in {type(module).__name__} is not "
-            "floating point. Load the base unquantised, or exclude the module."
         )
 
 

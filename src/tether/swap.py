@@ -29,12 +29,14 @@ from tether.handle import Handle
 from tether.layers import Layer, SiteLayer, check_in_place, layers_of, originals
 from tether.linalg import check_finite
 from tether.provenance import Fingerprint, Provenance
+from tether.quantized import Quantized
 from tether.start import original
 from tether.value import Adapter, Factors, LayerAdapter, Layout
 
 # Weight -> (where its values lie and their version, fingerprint): a server swaps often, and
 # hashing a large base takes a minute.
-_PRINTS: MutableMapping[Tensor, tuple[tuple[int, int], Fingerprint]] = WeakTensorKeyDictionary()
+_State = tuple[tuple[int, int], ...]
+_PRINTS: MutableMapping[Tensor, tuple[_State, Fingerprint]] = WeakTensorKeyDictionary()
 
 
 def slot(
@@ -230,13 +232,20 @@ def _fill(layers: Mapping[str, SiteLayer], factors: Mapping[str, Factors]) -> No
 def _check_base(model: nn.Module, adapter: Adapter) -> None:
     for path, expected in adapter.provenance.fingerprints.items():
         if path in adapter.layers:
-            weight = sites.base_weight(path, model.get_submodule(path))
-            check_fingerprint(path, _known_print(weight), expected)
+            module = model.get_submodule(path)
+            stored = sites.stored_weight(path, module)
+            check_fingerprint(path, _known_print(module, stored), expected)
 
 
-def _known_print(weight: Tensor) -> Fingerprint:
-    state = (weight.data_ptr(), weight._version)
+def _known_print(module: nn.Module, stored: Tensor | Quantized) -> Fingerprint:
+    parts = stored.parts.values() if isinstance(stored, Quantized) else (stored,)
+    state = tuple((part.data_ptr(), part._version) for part in parts)
+    weight = module.weight  # what a quantised one holds may be other objects each time
+    assert isinstance(weight, Tensor)
     known = _PRINTS.get(weight)
     if known is None or known[0] != state:
-        known = _PRINTS[weight] = (state, fingerprint_tensor(weight))
+        known = _PRINTS[weight] = (
+            state,
+            stored.fingerprint() if isinstance(stored, Quantized) else fingerprint_tensor(stored),
+        )
     return known[1]

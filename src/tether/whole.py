@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from tether import sites
+from tether import quantized, sites
 from tether.errors import (
     BaseMismatchError,
     ConfigError,
@@ -38,7 +38,9 @@ def start(name: str, parameter: Tensor) -> Trained:
         NonFiniteError: it holds NaN or Inf.
         UnsupportedModuleError: it is not floating point, or has no values.
     """
-    if parameter.is_meta or not parameter.is_floating_point():
+    plain = not parameter.is_meta and parameter.is_floating_point()
+    # Some quantised weights give a floating dtype.
+    if not plain or quantized.read(name, parameter) is not None:
         raise UnsupportedModuleError(
             f"{name}: {parameter.dtype} on device {parameter.device} cannot be trained whole. Load "
             "the base unquantised and with its weights, or leave the module out."

@@ -62,6 +62,14 @@ def test_anchors(read_page, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_quantized(read_page, tmp_path):
+    scope = read_page("guides/quantized.md")
+    assert len(scope["gaps"]) == 14
+    assert scope["losses"][-1] < scope["losses"][0] - 0.1
+    assert "bitsandbytes nf4" in (tmp_path / "lora" / "README.md").read_text("utf-8")
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings(PEFT_NOTICE)
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_coming_from_peft(read_page):

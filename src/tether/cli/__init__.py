@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tether.cli import anchors, cache, combine, convert, evaluate, inspect, merge, train
+from tether.cli import anchors, cache, combine, convert, evaluate, inspect, merge, residual, train
 from tether.cli.console import show_error
 
 app = typer.Typer(
@@ -15,7 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for _command in (train, anchors, evaluate, convert, combine, merge, inspect):
+for _command in (train, anchors, evaluate, convert, combine, merge, residual, inspect):
     app.command(_command.NAME)(_command.command)
 app.add_typer(cache.app, name=cache.NAME)
 

@@ -2,6 +2,7 @@
 
 import json
 
+from tether.provenance import Provenance
 from tether.value import Adapter
 
 
@@ -26,6 +27,8 @@ def model_card(adapter: Adapter, dtype: str) -> str:
         "learning rate": origin.learning_rate,
         "steps": origin.steps,
         "seed": origin.seed,
+        "base": _quantised(origin),
+        "gap": _gap(origin),
     }
     rows = "\n".join(f"| {k} | {_cell(v)} |" for k, v in facts.items() if v is not None)
     metadata = ["library_name: peft", "tags:", "- lora", "- tether"]
@@ -44,7 +47,7 @@ A plain LoRA for the **unchanged** base model: no residual weights, no second fi
 |---|---|
 {rows}
 
-```python
+{_load(origin)}```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -55,6 +58,29 @@ model = PeftModel.from_pretrained(model, "path/of/this/folder")
 The scaling is folded into `lora_B` (`lora_alpha` = `r`), and every site has the same rank, so that
 all LoRA runtimes read it alike.
 """
+
+
+def _quantised(origin: Provenance) -> str | None:
+    kinds = origin.quantization
+    return f"quantised as {', '.join(kinds)}" if kinds else None
+
+
+def _gap(origin: Provenance) -> str | None:
+    """How far a quantised base lies from the original weights, where that was measured."""
+    if not origin.gaps:
+        return None
+    low, high = min(origin.gaps.values()), max(origin.gaps.values())
+    return f"of this base to the original weights: {low:.2g} to {high:.2g} of their norm, per site"
+
+
+def _load(origin: Provenance) -> str:
+    """What to do before the code that follows."""
+    if not origin.quantization:
+        return ""
+    return (
+        "It belongs to a **quantised** base. Load that base quantised in the same way, or its\n"
+        "output differs by more than what the adapter was trained for.\n\n"
+    )
 
 
 def _quoted(text: str) -> str:

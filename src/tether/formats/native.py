@@ -101,6 +101,9 @@ def provenance_to_dict(provenance: Provenance) -> dict[str, Json]:
         k: dataclasses.asdict(v) | {"shape": list(v.shape)} for k, v in prints.items()
     }
     values["certificates"] = {k: dataclasses.asdict(v) for k, v in provenance.certificates.items()}
+    values["gaps"] = dict(provenance.gaps)
+    if not provenance.gaps:
+        del values["gaps"]  # only quantised bases have any: other files stay as they were
     return values
 
 

@@ -183,14 +183,15 @@ def _decode_layer(site: str, entry: dict[str, Json], tensors: dict[str, Tensor])
 
 
 def _decode_provenance(fields: dict[str, Json]) -> Provenance:
-    fields = {"certificates": {}} | fields  # which the first files of version 2 lack
+    # Certificates the first files of version 2 lack; gaps, those of a base that is not quantised.
+    fields = {"certificates": {}, "gaps": {}} | fields
     fields = _exactly(fields, *(f.name for f in dataclasses.fields(Provenance)))
     prints = {}
     for site, item in _get(fields, "fingerprints", dict).items():
         entry = _exactly(item, *(f.name for f in dataclasses.fields(Fingerprint)))
         prints[site] = Fingerprint(
             shape=tuple(_typed(n, int, "shape") for n in _get(entry, "shape", list)),
-            dtype=_get(entry, "dtype", str),
+            dtype=_printable(entry, "dtype"),
             sha256=_get(entry, "sha256", str),
             sha256_bfloat16=_get(entry, "sha256_bfloat16", str),
             sha256_float16=_get(entry, "sha256_float16", str),
@@ -209,22 +210,27 @@ def _decode_provenance(fields: dict[str, Json]) -> Provenance:
             site: _decode_certificate(item)
             for site, item in _get(fields, "certificates", dict).items()
         },
+        gaps={s: _typed(gap, float, "gaps") for s, gap in _get(fields, "gaps", dict).items()},
     )
 
 
 def _decode_certificate(item: Json) -> Certificate:
     entry = _exactly(item, *(f.name for f in dataclasses.fields(Certificate)))
-    texts = {name: _get(entry, name, str) for name in ("route", "fallback")}
-    for name, text in texts.items():
-        if not text.isprintable():  # it is shown to people
-            raise ConfigError(f"field {name!r} is no plain text.")
     return Certificate(
-        route=texts["route"],
+        route=_printable(entry, "route"),
         product_error=_get(entry, "product_error", float),
         excess=_get(entry, "excess", float),
         unique=_get(entry, "unique", bool),
-        fallback=texts["fallback"],
+        fallback=_printable(entry, "fallback"),
     )
+
+
+def _printable(fields: Mapping[str, Json], name: str) -> str:
+    """A text that is shown to people."""
+    text = _get(fields, name, str)
+    if not text.isprintable():
+        raise ConfigError(f"field {name!r} is no plain text.")
+    return text
 
 
 def _exactly(value: Json, *names: str) -> dict[str, Json]:

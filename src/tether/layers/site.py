@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tether import quantized
 from tether.layers.dora import stretch
 from tether.layers.record import Holder, Layer, Record, Take, contiguous_copy, to_value
 from tether.linalg import check_finite
@@ -176,8 +177,7 @@ class SiteLayer(Layer):
         change = self._change(module, x)
         if self.dora:
             # g·(Wx + ΔWx) − Wx = (g − 1)·Wx + g·ΔWx, as its negative.
-            weight = module.weight  # a parametrised one is no parameter
-            assert isinstance(weight, Tensor)
+            weight = quantized.values(f"site {self.path!r}: weight", module)
             excess = self._spread(stretch(self, weight))
             bias = getattr(module, "bias", None)
             without = base if bias is None else base - self._spread(bias)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tether import cache as caches
-from tether import linalg, sites, whole
+from tether import linalg, quantized, sites, whole
 from tether.cache import AnchorCache
 from tether.checkpoint import Checkpoint
 from tether.config import LoraConfig, Plan, plan
@@ -24,6 +24,7 @@ from tether.errors import (
 )
 from tether.fingerprints import sha256
 from tether.provenance import Provenance
+from tether.quantized import Quantized
 from tether.start import ranks
 from tether.start.model import base_class, base_name, original
 from tether.start.site import Job, Start, find_start
@@ -80,11 +81,14 @@ def init(
     get the same bits.
 
     Args:
-        model: any module whose selected weights are floating point; with `weights_from`, it may be
-            on the meta device, without values.
+        model: any module whose selected weights are floating point, or quantised in a way that
+            `tether.quantized` knows; with `weights_from`, an unquantised one may be on the meta
+            device, without values.
         config: what to adapt and how; None for PiSSA of rank 16 on all linear layers.
         weights_from: folder of the base model, from which each weight is read when its turn comes:
-            for models larger than memory.
+            for models larger than memory. Of a quantised model: of what was quantised. The start is
+            then that of the original weight; the fingerprints are the quantised base's, to which
+            the adapter belongs, and how far the two lie apart is in `provenance.gaps`.
         workers: sites at a time, each in one thread, and weights in memory besides the model; None
             for as many as torch has threads, and one at a time on a GPU.
         cache: look for anchors in the user's cache, and keep them there. TETHER_NO_CACHE=1
@@ -106,6 +110,8 @@ def init(
             trained whole is without values.
         ModelError: the folder is not a model's.
         UnknownNameError: the folder has no such weight.
+        BaseMismatchError: the model is quantised, and not from the folder's weights.
+        UnsupportedModuleError: it is quantised in a way that is not known.
         MergedError: an adapter is merged into the model.
         DistributedError: the ranks disagree, or another one failed.
     """
@@ -158,10 +164,10 @@ def _prepare(model: nn.Module, config: LoraConfig, search: Search) -> _Task:
     sites.check_unmerged(model)
     plans = plan(model, config)
     if search.weights_from is None:
-        jobs = [Job(item, partial(_live_weight, model, item.site.path)) for item in plans]
+        jobs = [_live_job(item, model) for item in plans]
     else:
         _check_no_whole(model, config, search.weights_from)
-        jobs = _stored_jobs(plans, search.weights_from)
+        jobs = _stored_jobs(plans, model, search.weights_from)
     paths = [item.site.path for item in plans]
     modules = whole.modules(model, config.modules_to_save, paths)
     biases = whole.biases(model, config.bias, paths, list(modules))
@@ -191,7 +197,16 @@ def _check_no_whole(model: nn.Module, config: LoraConfig, folder: str | os.PathL
         )
 
 
-def _stored_jobs(plans: Sequence[Plan], folder: str | os.PathLike[str]) -> list[Job]:
+def _live_job(item: Plan, model: nn.Module) -> Job:
+    stored = _live_weight(model, item.site.path)
+    if isinstance(stored, Quantized):
+        return Job(item, stored.dequantize, stored)
+    return Job(item, stored.detach)
+
+
+def _stored_jobs(
+    plans: Sequence[Plan], model: nn.Module, folder: str | os.PathLike[str]
+) -> list[Job]:
     checkpoint = Checkpoint.open(Path(folder))
     jobs = []
     for item in plans:
@@ -208,12 +223,23 @@ def _stored_jobs(plans: Sequence[Plan], folder: str | os.PathLike[str]) -> list[
                 "which is quantised. Give the folder of the model before quantisation, or exclude "
                 "the module."
             )
-        jobs.append(Job(item, partial(checkpoint.tensor, name)))
+        held = _held(model, path)
+        jobs.append(Job(item, partial(checkpoint.tensor, name), held, original=held is not None))
     return jobs
 
 
-def _live_weight(model: nn.Module, path: str) -> Tensor:
-    return sites.base_weight(path, model.get_submodule(path)).detach()
+def _held(model: nn.Module, path: str) -> Quantized | None:
+    """What the model holds at a quantised site. An unquantised weight may lack its values."""
+    module = model.get_submodule(path)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if type(weight) is nn.Parameter and weight.is_meta:
+        return None
+    return quantized.read(f"site {path!r}: weight", weight, module)
+
+
+def _live_weight(model: nn.Module, path: str) -> Tensor | Quantized:
+    return sites.stored_weight(path, model.get_submodule(path))
 
 
 def _described(
@@ -222,11 +248,18 @@ def _described(
     """A task, and all that its starts depend on; of each weight in memory, how it begins."""
     plans = [job.plan for job in task.jobs]
     each = [(i.site.path, i.site.layout.shape, i.rank, i.scaling) for i in plans]
-    begin = ""
     if search.weights_from is None:
-        weights = [_live_weight(model, item.site.path) for item in plans]
-        begin = " ".join(sha256(w[:1].reshape(-1)[:_SAMPLE]) for w in weights)
+        stored = [_live_weight(model, item.site.path) for item in plans]
+    else:
+        stored = [job.held for job in task.jobs if job.held is not None]
+    begin = " ".join(map(_beginning, stored))
     return task, json.dumps([each, config.to_dict(), begin], sort_keys=True)
+
+
+def _beginning(stored: Tensor | Quantized) -> str:
+    if not isinstance(stored, Quantized):
+        return sha256(stored[:1].reshape(-1)[:_SAMPLE])
+    return " ".join(sha256(part.reshape(-1)[:_SAMPLE]) for part in stored.parts.values())
 
 
 def _adapter(
@@ -245,6 +278,7 @@ def _adapter(
             base_class=base_class(model),
             fingerprints={path: start.fingerprint for path, start in starts.items()},
             certificates=certificates,
+            gaps={path: s.gap for path, s in starts.items() if s.gap is not None},
         ),
         config=config.to_dict(),
         targets=targets,

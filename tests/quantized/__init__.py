@@ -1,0 +1,1 @@
+"""Bases that bitsandbytes and torchao quantised."""
