@@ -151,5 +151,8 @@ class ReportDrift(CheckpointCallback):
         values = {"tether/effective_rank": drift.effective_rank}
         if drift.relative is not None:
             values["tether/drift"] = drift.relative
+        # A log says that what was due is done, which the losses of this step may not be yet.
+        due = trainer.control.should_log
         # The Trainer's own: TRL's would empty what it has gathered for its next log.
         Trainer.log(trainer, values)
+        trainer.control.should_log = due

@@ -67,7 +67,9 @@ def check_trainer(trainer: Any) -> None:
             f"disable_dropout is set, and the adapter's dropout is {max(dropped)}. Give "
             "disable_dropout=False, or an adapter with dropout=0."
         )
-    again = getattr(trainer.args, "gradient_checkpointing_kwargs", None) or {}
+    names = ("activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+    settings = [getattr(trainer.args, name, None) or {} for name in names]
+    again = any(found.get("use_reentrant") for found in settings)
     # Re-entrant checkpointing yields no gradients unless the input of a block requires them.
-    if again.get("use_reentrant") and not hasattr(model, "_require_grads_hook"):
+    if again and not hasattr(model, "_require_grads_hook"):
         model.enable_input_require_grads()
