@@ -31,7 +31,16 @@ from tether.integrations.transformers import (
 )
 from tiny_model import make_tokenizer
 
-from .trainer_runs import STATE, equal, losses, make_trainer, sequences, tensors
+from .trainer_runs import (
+    BEST,
+    STATE,
+    SecondIsBest,
+    equal,
+    losses,
+    make_trainer,
+    sequences,
+    tensors,
+)
 
 METHODS = ["pissa", "olora", "milora", "lora", "gaussian", "orthogonal"]
 
@@ -75,7 +84,7 @@ def test_a_model_without_an_adapter_is_refused(tiny_llama, tmp_path):
     with pytest.raises(ConfigError, match="no trainable adapter of tether's.*tether.attach"):
         make_trainer(tiny_llama(), tmp_path)
     model = tiny_llama()
-    tether.attach(model, name="still", trainable=False)
+    tether.attach(model, tether.LoraConfig(rank=2), name="still", trainable=False)
     with pytest.raises(ConfigError, match="1 frozen: 'still'"):
         make_trainer(model, tmp_path)
     with pytest.raises(ConfigError, match="'some/name' is a name"):
@@ -201,31 +210,19 @@ def test_the_anchor_too_comes_from_the_file_and_only_to_this_adapter(attached, t
     assert equal(other.snapshot(), before)
 
 
-def test_the_best_adapter_is_restored_bit_for_bit(attached, tmp_path):
-    class Worse(CheckpointCallback):
-        """Whatever is trained after the second step makes it worse."""
-
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            if state.global_step > 2:
-                with torch.no_grad():
-                    next(iter(tether.handles(model)["default"].parameters())).add_(3)
-
-    settings = {
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "load_best_model_at_end": True,
-        "save_total_limit": 1,
-        "max_steps": 6,
-    }
-    trainer = make_trainer(attached(), tmp_path, [Worse()], **settings)
+@pytest.mark.parametrize(("limit", "kept"), [(1, ["2"]), (2, ["2", "6"]), (None, ["2", "4", "6"])])
+def test_the_best_adapter_is_restored_bit_for_bit(attached, tmp_path, limit, kept):
+    settings = BEST | {"save_total_limit": limit, "max_steps": 6}
+    trainer = make_trainer(attached(), tmp_path, trainer_class=SecondIsBest, **settings)
     trainer.train()
     best = tmp_path / "checkpoint-2"
     assert trainer.state.best_model_checkpoint == str(best)
     assert equal(trainer.adapter.snapshot(), tether.load(best / ADAPTER_FILE))
-    # The best one alone stays, and names itself as published.
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
-    state = json.loads((best / "trainer_state.json").read_text("utf-8"))
-    assert state["best_model_checkpoint"] == str(best)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"checkpoint-{n}" for n in kept]
+    # It is named as it was published, also in its own state.
+    for number in kept:
+        path = tmp_path / f"checkpoint-{number}" / "trainer_state.json"
+        assert json.loads(path.read_text("utf-8"))["best_model_checkpoint"] == str(best)
 
 
 @pytest.mark.parametrize(("limit", "kept"), [(1, ["6"]), (2, ["4", "6"]), (None, ["2", "4", "6"])])

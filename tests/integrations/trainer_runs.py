@@ -36,9 +36,31 @@ def arguments(out: Path, **settings: Any) -> dict[str, Any]:
     } | settings
 
 
-def make_trainer(model: nn.Module, out: Path, callbacks: Any = (), **settings: Any) -> Any:
+class SecondIsBest(Trainer):
+    """A Trainer whose evaluation likes what was trained for two steps, and nothing more."""
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """The score, without looking."""
+        return {"eval_score": float(self.state.global_step == 2)}
+
+
+BEST = {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "score",
+}
+
+
+def make_trainer(
+    model: nn.Module,
+    out: Path,
+    callbacks: Any = (),
+    trainer_class: type = Trainer,
+    **settings: Any,
+) -> Any:
     """An adapted Trainer for a model with an adapter."""
-    return adapt(Trainer)(
+    return adapt(trainer_class)(
         model=model,
         args=TrainingArguments(**arguments(out, **settings)),
         train_dataset=sequences(),
