@@ -1,7 +1,7 @@
 """Train, be killed at one step of writing to the disk, and go on; run as a program.
 
 Prints what is wrong, a line each, and then how often it was killed: no line before that if every
-kill left complete checkpoints only, and the resumed run ended as the uninterrupted one, bit for bit.
+kill left complete checkpoints only, and the resumed run ended, bit for bit, as the uninterrupted.
 """
 
 import json

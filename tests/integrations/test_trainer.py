@@ -38,7 +38,6 @@ from .trainer_runs import (
     equal,
     losses,
     make_trainer,
-    sequences,
     tensors,
 )
 
@@ -81,7 +80,7 @@ def test_what_is_no_trainer_is_refused(wrong):
 
 
 def test_a_model_without_an_adapter_is_refused(tiny_llama, tmp_path):
-    with pytest.raises(ConfigError, match="no trainable adapter of tether's.*tether.attach"):
+    with pytest.raises(ConfigError, match=r"no trainable adapter of tether's.*tether\.attach"):
         make_trainer(tiny_llama(), tmp_path)
     model = tiny_llama()
     tether.attach(model, tether.LoraConfig(rank=2), name="still", trainable=False)
@@ -382,10 +381,6 @@ def test_the_last_adapter_of_nothing_is_none(tmp_path):
     assert last_adapter(tmp_path / "nowhere") is None
     (tmp_path / "checkpoint-x").mkdir()
     assert last_adapter(tmp_path) is None
-
-
-def test_sequences_are_the_same_every_time():
-    assert all(torch.equal(a["labels"], b["labels"]) for a, b in zip(sequences(), sequences()))
 
 
 def test_without_transformers_the_error_says_what_to_install(monkeypatch):

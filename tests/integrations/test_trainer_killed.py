@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PROGRAM = Path(__file__).parent / "killed_runs.py"
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_only_complete_checkpoints(tmp_path):
     done = subprocess.run(
         [sys.executable, str(PROGRAM), str(tmp_path), "20"],
