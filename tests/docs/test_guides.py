@@ -62,6 +62,16 @@ def test_anchors(read_page, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(r"ignore:.*gradient_checkpointing\w*` is deprecated:FutureWarning")
+def test_trainer(read_page, tmp_path):
+    scope = read_page("guides/trainer.md")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"checkpoint-2", "checkpoint-4", "checkpoint-6", "lora"}
+    assert not (tmp_path / "dpo" / "adapter.safetensors").exists()
+    assert scope["preferring"].state.global_step == 2
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings(PEFT_NOTICE)
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_coming_from_peft(read_page):
