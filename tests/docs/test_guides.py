@@ -63,7 +63,8 @@ def test_anchors(read_page, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings(r"ignore:.*gradient_checkpointing\w*` is deprecated:FutureWarning")
-def test_trainer(read_page, tmp_path):
+def test_trainer(read_page, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no telemetry of TRL's
     scope = read_page("guides/trainer.md")
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert names == {"checkpoint-2", "checkpoint-4", "checkpoint-6", "lora"}

@@ -1,4 +1,4 @@
-"""Two processes (DDP, gloo): one of them writes, or one on each node, and both resume bit for bit."""
+"""Two processes (DDP, gloo): one writes, or one on each node, and both resume bit for bit."""
 
 import json
 import os

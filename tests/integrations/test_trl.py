@@ -2,7 +2,6 @@
 
 import copy
 import importlib
-import os
 import tempfile
 
 import pytest
@@ -23,7 +22,6 @@ from tiny_model import make_tokenizer
 
 from .trainer_runs import arguments, equal, losses
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 trl = importlib.import_module("trl")
 datasets = importlib.import_module("datasets")
 
@@ -60,6 +58,11 @@ TRAINERS = {
     "GRPO": (PROMPTS, SAMPLED, {"reward_funcs": reward}),
     "RLOO": (PROMPTS, SAMPLED, {"reward_funcs": reward}),
 }
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
 
 
 @pytest.fixture(scope="module", autouse=True)

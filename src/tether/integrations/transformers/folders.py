@@ -1,5 +1,6 @@
 """The folders of a run: a checkpoint is built aside, and complete under its own name or absent."""
 
+import re
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
@@ -11,7 +12,8 @@ from tether.value import Adapter
 ADAPTER_FILE = "adapter.safetensors"
 LORA_FOLDER = "lora"
 # No checkpoint to the Trainer, which looks for "checkpoint-N" in the folder of the run.
-UNFINISHED = ".unfinished"
+UNFINISHED = ".tether-unfinished"
+_NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-[0-9]+")
 
 
 def last_adapter(output_dir: str | Path) -> Adapter | None:
@@ -77,12 +79,25 @@ def rotate(run: Path, limit: int | None, best: str | None) -> None:
         limit: how many to keep; None or 0 for all.
         best: path of the best one, if there is one.
     """
-    found = [Path(path) for path in sort_checkpoints(str(run), use_mtime=True)]
+    found = checkpoints(run)
     if not limit or limit < 0 or len(found) <= limit:
         return
-    kept = {found[-1]} | ({Path(best)} if best else set())
+    kept = {found[-1]} | ({Path(best).resolve()} if best else set())
     older = [path for path in found if path not in kept]
     keep_only(run, kept | set(older[max(0, len(found) - max(limit, len(kept))) :]))
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, and no folder whose name only begins like theirs.
+
+    Args:
+        run: folder of the run.
+
+    Returns:
+        absolute paths, oldest first.
+    """
+    found = [Path(path) for path in sort_checkpoints(str(run.resolve()), use_mtime=True)]
+    return [path for path in found if _NAME.fullmatch(path.name)]
 
 
 def keep_only(run: Path, kept: set[Path]) -> None:
@@ -90,9 +105,9 @@ def keep_only(run: Path, kept: set[Path]) -> None:
 
     Args:
         run: folder of the run.
-        kept: paths of the ones to keep.
+        kept: absolute paths of the ones to keep.
     """
-    for path in run.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+    for path in checkpoints(run):
         if path not in kept:
             fs.discard_directory(path, run / UNFINISHED / path.name)
     fs.remove_empty(run / UNFINISHED)

@@ -190,7 +190,7 @@ class AdapterTrainer:
         me: Any = self
         best = me.state.best_model_checkpoint
         if me.args.should_save and best is not None and me.args.save_total_limit == 1:
-            folders.keep_only(Path(self._get_output_dir(trial)), {Path(best)})
+            folders.keep_only(Path(self._get_output_dir(trial)), {Path(best).resolve()})
         return super()._finalize_training(trial, *args)  # type: ignore[misc]
 
 
