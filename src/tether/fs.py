@@ -211,6 +211,45 @@ def new_directory(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
 
 
+def publish_directory(built: str | os.PathLike[str], path: str | os.PathLike[str]) -> None:
+    """Flush a folder that was built under another name, with all in it, and rename it into place.
+
+    Args:
+        built: the folder, on the same disk; gone afterwards.
+        path: its name from now on. A folder that is there is replaced in one step and removed.
+
+    Raises:
+        WriteError: it cannot be written; `path` is as it was.
+    """
+    with _named_errors(Path(path)):
+        source, target = Path(built), _real(path)
+        for inside in (*source.rglob("*"), source):
+            _sync(inside)
+        _swap(source, target)
+        _sync(target.parent)
+        shutil.rmtree(source, ignore_errors=True)
+
+
+def discard_directory(path: str | os.PathLike[str], aside: str | os.PathLike[str]) -> None:
+    """Remove a folder and all in it. Under its own name it is whole until it is gone.
+
+    Args:
+        path: of the folder; nothing happens where there is none.
+        aside: the name that it has while it is being removed, on the same disk.
+
+    Raises:
+        WriteError: it cannot be removed.
+    """
+    with _named_errors(Path(path)):
+        if not Path(path).is_dir():
+            return
+        Path(aside).parent.mkdir(parents=True, exist_ok=True)
+        if Path(path) != Path(aside):
+            shutil.rmtree(aside, ignore_errors=True)
+            Path(path).rename(aside)
+        shutil.rmtree(aside)
+
+
 def check_replaceable(target: Path, files: Collection[str]) -> None:
     """Raise unless a folder may be replaced: it is missing, or holds nothing but `files`.
 

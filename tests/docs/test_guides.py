@@ -70,6 +70,17 @@ def test_quantized(read_page, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings(r"ignore:.*gradient_checkpointing\w*` is deprecated:FutureWarning")
+def test_trainer(read_page, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # no telemetry of TRL's
+    scope = read_page("guides/trainer.md")
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert names == {"checkpoint-2", "checkpoint-4", "checkpoint-6", "lora"}
+    assert not (tmp_path / "dpo" / "adapter.safetensors").exists()
+    assert scope["preferring"].state.global_step == 2
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings(PEFT_NOTICE)
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_coming_from_peft(read_page):
