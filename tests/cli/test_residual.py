@@ -2,11 +2,18 @@
 
 import json
 
+import bitsandbytes.nn
 import pytest
 
 import tether
 
 from .conftest import contents, invoke, succeed, succeed_json
+
+
+@pytest.fixture(autouse=True)
+def _no_packing(monkeypatch):
+    """Which bitsandbytes does on some processors, and only for sizes that this model lacks."""
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
 
 
 def test_it_writes_a_base_to_train_on(model_folder, text_file, tmp_path):

@@ -20,7 +20,7 @@ with warnings.catch_warnings():
     logging.disable(logging.NOTSET)
 
 Net = nn.Module
-INPUT, HIDDEN, OUTPUT = 96, 64, 32
+INPUT, HIDDEN, OUTPUT = 128, 64, 32
 
 
 def net(seed: int = 0) -> Net:
@@ -160,7 +160,7 @@ def save_llama(folder: Path, seed: int = 0, **settings: object) -> Path:
     shape = {
         "vocab_size": 64,
         "hidden_size": 64,
-        "intermediate_size": 96,
+        "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,
         "num_key_value_heads": 1,

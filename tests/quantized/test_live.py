@@ -10,7 +10,7 @@ import tether
 from tether.errors import UnsupportedModuleError
 from tether.start import Search, find, site
 
-from .bases import MAKERS, batch, floats, four_bit, net, stored
+from .bases import INPUT, MAKERS, batch, floats, four_bit, net, stored
 
 
 def train(handle: tether.Handle, steps: int = 8) -> list[float]:
@@ -185,7 +185,7 @@ def test_two_adapters_a_copy_and_a_place_elsewhere(name):
 
 
 def test_a_conv_or_embedding_beside_quantised_layers_is_adapted_too():
-    model = nn.Sequential(nn.Embedding(8, 96), *four_bit(net()))
+    model = nn.Sequential(nn.Embedding(8, INPUT), *four_bit(net()))
     tokens = torch.arange(8)
     base = model(tokens)
     config = tether.LoraConfig(rank=4, target_modules=["0", "1", "3"])

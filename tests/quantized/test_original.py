@@ -187,7 +187,7 @@ def test_ranks_with_differently_quantised_bases_disagree(original, folder):
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
 def test_a_quantised_base_without_values_cannot_be_named(dtype, folder):
     model = load_llama(folder)
-    codes = torch.empty(3072, 1, dtype=dtype, device="meta")
+    codes = torch.empty(4096, 1, dtype=dtype, device="meta")
     weight = bitsandbytes.nn.Params4bit(codes, requires_grad=False)
     model.model.layers[1].mlp.up_proj.weight = weight
     with pytest.raises(MetaTensorError, match=r"layers.1.mlp.up_proj.*Load the quantised model"):

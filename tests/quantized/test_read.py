@@ -174,15 +174,30 @@ def other_codes(model: nn.Module) -> None:
 
 
 def packed(model: nn.Module) -> None:
-    model[0] = four_bit(model)[0]
-    functional = bitsandbytes.functional
+    """As bitsandbytes does in the first evaluation on processors that have bfloat16 products."""
+    if not isinstance(model[0], bitsandbytes.nn.Linear4bit):
+        model[0] = four_bit(model)[0]
     weight = model[0].weight
-    size = weight.quant_state.blocksize
-    # As bitsandbytes does in the first evaluation on processors that have bfloat16 products.
-    weight.quant_state.shape = torch.Size((HIDDEN, INPUT // 96 * size))
-    weight.data = weight.data[: weight.quant_state.shape.numel() // 2]
-    weight.quant_state.absmax = weight.quant_state.absmax[:HIDDEN]
-    weight.data, _ = functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    pack = bitsandbytes.functional._convert_weight_packed_for_cpu
+    weight.data, weight.quant_state = pack(weight.data, weight.quant_state)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_a_weight_packed_for_evaluation_keeps_its_values_but_not_its_name(kind, nested):
+    model = four_bit(net(), kind, nested)
+    adapter = tether.init(model, tether.LoraConfig(rank=2, target_modules=["0"]))
+    wanted = held(model).dequantize()
+    packed(model)
+    before = model[0].weight.data.clone(), copy.copy(model[0].weight.quant_state)
+    # Its scales were rounded to bfloat16.
+    torch.testing.assert_close(held(model).dequantize(), wanted, rtol=2**-8, atol=0)
+    with pytest.raises(UnsupportedModuleError, match="packed this weight anew"):
+        tether.attach(model, adapter)
+    tether.attach(model, adapter, verify=False).detach()
+    assert torch.equal(model[0].weight.data, before[0])
+    assert vars(model[0].weight.quant_state).keys() == vars(before[1]).keys()
+    assert model[0].weight.quant_state.packing_format_for_cpu
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ def test_what_is_written(kind, rounds, folder, tmp_path):
     out = tmp_path / "out"
     report = save_residual(str(folder), out, CONFIG, quantize=kind, rounds=rounds)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not any(path.is_dir() for path in out.iterdir())
     assert report.quantization == (f"bitsandbytes {kind}",)
     model, adapter = load(out), tether.load(out / ADAPTER)
     full, plain = load(folder), load_llama(folder, kind)

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from tether.errors import UnsupportedModuleError
 from tether.quantized.stored import Quantized
 
+_LOST = (
+    "%s: bitsandbytes has packed this weight anew for evaluation on this CPU, with coarser scales, "
+    "so that whose it is cannot be told. Load the model again and attach before it is first "
+    "evaluated, or insist with verify=False."
+)
 _LARGEST = 127  # of an int8 code: the row's scale is what it stands for
 
 
@@ -47,16 +52,15 @@ def _four_bit(label: str, weight: Tensor, module: nn.Module | None) -> Quantized
     state: Any = getattr(weight, "quant_state", None) or getattr(module, "quant_state", None)
     if state is None:
         raise _not_yet(label)
-    if getattr(state, "packing_format_for_cpu", False):
-        raise UnsupportedModuleError(
-            f"{label}: bitsandbytes has packed this weight anew for evaluation on this CPU, with "
-            "coarser scales. Load the model again and attach before it is first evaluated, or call "
-            "model.train() first."
-        )
     if state.quant_type not in ("nf4", "fp4"):
         raise UnsupportedModuleError(
             f"{label}: bitsandbytes {state.quant_type!r} is none of nf4, fp4. Load the base "
             "unquantised, or exclude the module."
+        )
+    kind, shape = f"bitsandbytes {state.quant_type}", tuple(state.shape)
+    if getattr(state, "packing_format_for_cpu", False):
+        return Quantized(
+            kind, shape, {}, {}, partial(_unpack, weight.detach(), state), _LOST % label
         )
     # As bytes: the dtype that they are kept in is FSDP's concern.
     parts = {"codes": weight.detach().view(torch.uint8).reshape(-1)}
@@ -66,8 +70,6 @@ def _four_bit(label: str, weight: Tensor, module: nn.Module | None) -> Quantized
         inner = state.state2
         parts |= {"offset": state.offset, "inner absmax": inner.absmax, "inner table": inner.code}
         settings["inner blocksize"] = inner.blocksize
-    kind = f"bitsandbytes {state.quant_type}"
-    shape = tuple(state.shape)
     return Quantized(kind, shape, parts, settings, partial(_expand, weight.detach(), state))
 
 
@@ -77,6 +79,16 @@ def _expand(codes: Tensor, state: Any) -> Tensor:
     # By name: the library is not needed until someone has such a weight.
     found: Tensor = import_module("bitsandbytes.functional").dequantize_4bit(codes.data, wide)
     return found.reshape(tuple(state.shape))
+
+
+def _unpack(codes: Tensor, state: Any) -> Tensor:
+    """The values that a weight packed for evaluation computes with: scales in bfloat16."""
+    functional = import_module("bitsandbytes.functional")
+    wide = copy.copy(state)
+    wide.original_nested = False  # packing has dissolved it
+    codes, wide = functional._convert_weight_packed_for_cpu_inverse(codes.data, wide)
+    wide.absmax = state.absmax.T.reshape(-1).float()
+    return _expand(codes, wide)
 
 
 def _eight_bit(label: str, weight: Tensor, module: nn.Module | None) -> Quantized | None:

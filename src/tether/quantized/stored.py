@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from tether.errors import UnsupportedModuleError
 from tether.fingerprints import fingerprint_tensor, raw_bytes
 from tether.provenance import Fingerprint
 from tether.value import Json
@@ -23,6 +24,7 @@ class Quantized:
         parts: what is stored: codes, scales, tables; name -> tensor.
         settings: what else the values depend on, JSON.
         expand: gives the values, float32, in `shape`.
+        lost: why what was stored can no longer be told, where that is so; else "".
     """
 
     kind: str
@@ -30,6 +32,7 @@ class Quantized:
     parts: Mapping[str, Tensor]
     settings: Mapping[str, Json]
     expand: Callable[[], Tensor]
+    lost: str = ""
 
     @torch.no_grad()
     def dequantize(self) -> Tensor:
@@ -45,7 +48,12 @@ class Quantized:
 
         Returns:
             hex digest. The dtype that a library computes in is no part of it.
+
+        Raises:
+            UnsupportedModuleError: the library has overwritten what was stored.
         """
+        if self.lost:
+            raise UnsupportedModuleError(self.lost)
         about: list[Json] = [self.kind, list(self.shape), dict(self.settings)]
         about += [
             [name, str(part.dtype), list(part.shape)] for name, part in sorted(self.parts.items())

@@ -201,7 +201,7 @@ def _live_job(item: Plan, model: nn.Module) -> Job:
     stored = _live_weight(model, item.site.path)
     if isinstance(stored, Quantized):
         return Job(item, stored.dequantize, stored)
-    return Job(item, stored.detach)
+    return Job(item, partial(_plain_weight, model, item.site.path))
 
 
 def _stored_jobs(
@@ -236,6 +236,10 @@ def _held(model: nn.Module, path: str) -> Quantized | None:
     if type(weight) is nn.Parameter and weight.is_meta:
         return None
     return quantized.read(f"site {path!r}: weight", weight, module)
+
+
+def _plain_weight(model: nn.Module, path: str) -> Tensor:
+    return sites.base_weight(path, model.get_submodule(path)).detach()
 
 
 def _live_weight(model: nn.Module, path: str) -> Tensor | Quantized:
