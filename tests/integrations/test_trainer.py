@@ -35,6 +35,7 @@ from .trainer_runs import (
     BEST,
     STATE,
     SecondIsBest,
+    arguments,
     equal,
     losses,
     make_trainer,
@@ -98,6 +99,20 @@ def test_several_adapters_are_refused_unless_one_is_trained(attached, tmp_path):
     tether.handles(model)["other"].detach()
     tether.attach(model, tether.LoraConfig(rank=2), name="other", trainable=False)
     assert make_trainer(model, tmp_path).adapter.name == "default"
+
+
+def test_a_setting_of_another_meaning_is_left_alone(attached, tmp_path):
+    class Weighted(Trainer):
+        """Some other beta."""
+
+        def __init__(self, *, args, **kwargs):
+            super().__init__(args=args, **kwargs)
+            self.beta = args.beta  # as it was while the trainer was made
+
+    args = TrainingArguments(**arguments(tmp_path))
+    args.beta = 0.5
+    trainer = adapt(Weighted)(model=attached(), args=args)
+    assert (trainer.beta, hasattr(trainer, "ref_model")) == (0.5, False)
 
 
 def test_a_base_that_would_be_trained_and_not_saved_is_refused(attached, tmp_path):

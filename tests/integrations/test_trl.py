@@ -252,6 +252,11 @@ def test_a_reference_that_would_be_overwritten_is_refused(kind, make):
         make(kind, sync_ref_model=True)
 
 
+def test_a_server_that_would_sample_from_the_base_is_refused(make):
+    with pytest.raises(ConfigError, match="use_vllm"):
+        make("GRPO", use_vllm=True)
+
+
 def test_peft_beside_an_adapter_of_tethers_is_refused(make):
     peft = importlib.import_module("peft")
     with pytest.raises(ConfigError, match="peft_config"):

@@ -30,6 +30,11 @@ def check_arguments(given: Arguments) -> None:
         )
     if given.get("peft_config") is not None:
         raise ConfigError("peft_config: the model has an adapter of tether's. Leave it out.")
+    if getattr(given.get("args"), "use_vllm", False):
+        raise ConfigError(
+            "use_vllm: vLLM would be given the base's weights without the adapter, and sample from "
+            "that. Give use_vllm=False."
+        )
     if getattr(given.get("args"), "sync_ref_model", False) and given.get("ref_model") is None:
         raise ConfigError(
             "sync_ref_model needs a reference model of its own: without ref_model the reference "

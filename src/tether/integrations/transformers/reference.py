@@ -96,11 +96,12 @@ def own_reference(given: Arguments, model: nn.Module) -> Iterator[float]:
             given.set("ref_model", Reference(model))
         yield 0.0
         return
+    # GRPO and RLOO take no reference model, and load one wherever their beta is not 0. What has a
+    # reference has the other setting too: elsewhere a beta means something else.
     beta = float(getattr(settings, "beta", 0.0) or 0.0)
-    if not beta:
+    if not beta or not hasattr(settings, "sync_ref_model"):
         yield 0.0
         return
-    # GRPO and RLOO take no reference model, and load one wherever their beta is not 0.
     settings.beta = 0.0
     try:
         yield beta

@@ -108,7 +108,9 @@ class AdapterTrainer:
             learning_rate=float(me.args.learning_rate), steps=int(me.state.global_step)
         )
         self.adapter.save(folder / ADAPTER_FILE)
-        tokenizer = me.processing_class or getattr(me.data_collator, "tokenizer", None)
+        tokenizer = me.processing_class
+        if tokenizer is None:
+            tokenizer = getattr(me.data_collator, "tokenizer", None)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
 
