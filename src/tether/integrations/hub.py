@@ -194,18 +194,21 @@ def quietly(transformers: Any) -> Iterator[None]:
     """
     bars = transformers.utils.logging.is_progress_bar_enabled()
     level = transformers.utils.logging.get_verbosity()
-    hub = logging.getLogger("huggingface_hub")
-    hub_level = hub.level
+    # torchao, which transformers imports where it is installed, makes torch warn of itself.
+    loggers = [logging.getLogger(n) for n in ("huggingface_hub", "torch.utils._pytree")]
+    levels = [each.level for each in loggers]
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    hub.setLevel(logging.ERROR)
+    for each in loggers:
+        each.setLevel(logging.ERROR)
     try:
         # Some bars listen to no switch.
         with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        hub.setLevel(hub_level)
+        for each, before in zip(loggers, levels, strict=True):
+            each.setLevel(before)
         transformers.utils.logging.set_verbosity(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()
