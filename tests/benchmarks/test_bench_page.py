@@ -67,3 +67,11 @@ def test_a_page_of_records_from_two_machines_is_refused(script, invented, tmp_pa
     with pytest.raises(ValueError, match=r"differ in their machine: .*64.* Measure them anew"):
         script("page").main([one, two], tmp_path / "page.md")
     assert not (tmp_path / "page.md").exists()
+
+
+def test_a_busy_machine_shows_no_times_on_the_wall_and_says_so(script, invented, tmp_path):
+    script("page").main(invented, tmp_path / "page.md", busy=True)
+    text = (tmp_path / "page.md").read_text("utf-8")
+    assert "| work | 0.4 | 26 | 0.21 | 65 |" in text
+    assert "wall s" not in text
+    assert "Other work ran on this machine" in text
