@@ -70,7 +70,7 @@ def command(
     json_: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Find the start of an adapter on a model that is not loaded: one weight a core is in memory.
+    """Find the start of an adapter on a model that is not loaded: one weight a core at a time.
 
     The file is an adapter that has not been trained: attach it, or train from it. Each anchor is
     kept in the cache as soon as it is found, so a run that was interrupted goes on where it

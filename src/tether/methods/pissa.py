@@ -22,8 +22,8 @@ class PiSSA:
     Attributes:
         tolerance: largest error of the decomposition, see `linalg.top_svd`.
         criterion: of which error: "product", |P − W_r|_F / |W_r|_F with P = s·B0·A0; or "excess",
-            |W − P|_F / |W − W_r|_F − 1: met in about half the time, where it does not matter
-            which of nearly equal singular triplets are taken.
+            |W − P|_F / |W − W_r|_F − 1: met in about two thirds of the time, where it does not
+            matter which of nearly equal singular triplets are taken.
     """
 
     tolerance: float = 1e-5
