@@ -79,6 +79,20 @@ def test_the_caller_keeps_its_threads_after_an_error(threads):
     assert (torch.get_num_threads(), threads_of_a_new_thread()) == (threads, threads)
 
 
+def test_of_several_errors_the_first_in_order_is_raised_however_late_it_comes():
+    failed = threading.Event()
+
+    def find(job: Job) -> Start:
+        if job.path == "0":
+            assert failed.wait(60)
+            time.sleep(0.2)
+        failed.set()
+        raise NonFiniteError(job.path)
+
+    with pytest.raises(NonFiniteError, match=r"^0$"):
+        find_all(jobs([4] * 6), find, 2)
+
+
 def threads_of_a_new_thread() -> int:
     seen: list[int] = []
     thread = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))

@@ -34,7 +34,8 @@ def find_all(
         path -> start, in the order of the jobs.
 
     Raises:
-        TetherError: the first that a site raised; the sites not yet begun are left alone.
+        TetherError: what a site raised; of several, the most expensive one's, however the threads
+            were timed. The sites not yet begun are left alone.
     """
     if not jobs:
         return {}
@@ -43,13 +44,16 @@ def find_all(
     try:
         ordered = sorted(jobs, key=lambda job: -job.cost)
         futures: dict[Future[Start], str] = {pool.submit(find, job): job.path for job in ordered}
-        found = {}
-        for future in as_completed(futures):
-            found[futures[future]] = future.result()
+        for done, future in enumerate(as_completed(futures), start=1):
+            if future.exception() is not None:
+                break
             if progress is not None:
-                progress(len(found), len(jobs))
+                progress(done, len(jobs))
     finally:
         pool.shutdown(cancel_futures=True)
         # It is each thread's own, but new threads take over what was set last.
         torch.set_num_threads(threads)
+    # Sites are begun in order, so all before one that failed have ended: the first error in this
+    # order is the same in every run.
+    found = {path: each.result() for each, path in futures.items() if not each.cancelled()}
     return {job.path: found[job.path] for job in jobs}
