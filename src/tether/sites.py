@@ -128,6 +128,7 @@ def layout_of(path: str, module: nn.Module) -> Layout:
     Raises:
         UnsupportedModuleError: any other module, or one of these in a form that cannot be adapted.
     """
+    quantized.check_layer(f"site {path!r}", module)
     if isinstance(module, nn.Linear):
         # Not the weight's shape: quantised layers pack it.
         return Layout("linear", (module.out_features, module.in_features))
@@ -306,7 +307,8 @@ def _all_linear(model: nn.Module, modules: dict[str, nn.Module]) -> list[str]:
     return [
         path
         for path, module in modules.items()
-        if (isinstance(module, nn.Linear) or is_conv1d(module))
+        # A quantised one that is not known is no nn.Linear, and not to be passed over: refused.
+        if (isinstance(module, nn.Linear) or is_conv1d(module) or quantized.is_linear(module))
         and module is not output
         and not any(part in _HEADS for part in path.split(".")[:2])
     ]
