@@ -134,7 +134,7 @@ def about(text):
 def test_of_a_quantised_base_it_says_which_and_how_far_from_the_original(tiny_llama, tmp_path):
     path = tmp_path / "a.safetensors"
     value = tether.init(tiny_llama(), tether.LoraConfig(rank=2))
-    first, second, *_ = value.layers
+    first, second, third, *_ = value.layers
     prints = {
         site: replace(found, dtype="bitsandbytes nf4" if site != second else "float32")
         for site, found in value.provenance.fingerprints.items()
@@ -142,6 +142,7 @@ def test_of_a_quantised_base_it_says_which_and_how_far_from_the_original(tiny_ll
     certificates = {
         first: Certificate("lanczos", 3.25e-6, 1e-13, unique=True),
         second: Certificate("dense", 0.7, 0.0, unique=False),
+        third: Certificate("dense", 2e-7, 0.0, unique=True),
     }
     tether.save(
         value.with_provenance(
@@ -153,14 +154,14 @@ def test_of_a_quantised_base_it_says_which_and_how_far_from_the_original(tiny_ll
     assert said["provenance"]["quantization"] == "bitsandbytes nf4"
     assert said["gap"] == {"sites": 2, "smallest": 0.0912, "largest": 0.1}
     assert said["certificates"] == {
-        "anchors": 2,
+        "anchors": 3,
         "not_unique": 1,
         "worst": 3.25e-6,
         "worst_site": first,
     }
     rows = about(succeed("inspect", path))
     assert rows["quantization"] == "bitsandbytes nf4"
-    assert rows["anchor error"] == "3.2e-06 at worst (estimated); 1 of 2 not unique"
+    assert rows["anchor error"] == "3.2e-06 at worst (estimated); 1 of 3 not unique"
     assert rows["from the original weights"] == "0.0912 to 0.1 of |W|"
 
 
