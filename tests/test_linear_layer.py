@@ -154,12 +154,15 @@ def test_anchors_are_computed_with_in_the_precision_of_what_is_trained():
 
 def test_under_autocast_the_products_are_in_its_precision(anchored):
     values = numbers(anchored, torch.float32)
+    zeros = [torch.zeros_like(value) for value in values[4:]]
     for value in values[:4]:
         value.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         got = step(*values)
+        unchanged = step(*values[:3], torch.zeros_like(values[3]), *zeros)
     got.sum().backward()
     assert got.dtype == torch.float32
+    assert bits(unchanged) == bits(values[0])  # the output itself is not rounded
     expected = step(*values)
     error = (got - expected).norm() / expected.norm()
     assert 1e-5 < error < 2**-6  # two products with three rounded factors

@@ -63,9 +63,10 @@ class _AddChange(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         hidden, trained = _hidden(x.to(dtype), a, a0, scaling)
         change = functional.linear(hidden, _beside(b0, b, dtype, dim=1))
-        # It is the negative: where it is zero, the output's zeros keep their signs, since
-        # −0.0 − 0.0 is −0.0.
-        return (output - change).to(output.dtype), trained
+        # In place: passing over memory that is new costs as much as the product. `hidden` is the
+        # negative, and so are the zeros of −change: they keep the sign of the output's zeros.
+        change = change.to(torch.promote_types(dtype, output.dtype)).neg_()
+        return change.add_(output).to(output.dtype), trained
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
