@@ -1,8 +1,9 @@
 """Layers of other quantisation libraries: refused by name, never passed over, never written.
 
 Real ones where transformers, torch and torchao have them. Of libraries that are not installed here
-there are stand-ins, with the class, its module and the tensors of hqq 0.2.8, optimum-quanto 0.2.7,
-gptqmodel, autoawq and compressed-tensors.
+there are stand-ins with the class, its module and the tensors: those of hqq and optimum-quanto were
+compared with real layers of 0.2.8 and 0.2.7, those of gptqmodel, autoawq and compressed-tensors
+were not.
 """
 
 import warnings
