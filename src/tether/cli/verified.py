@@ -11,7 +11,7 @@ from tether.cli.console import Bars
 from tether.conversion import ConversionReport
 from tether.errors import ConfigError
 from tether.export import save_as_lora
-from tether.formats import peft_read
+from tether.formats import peft_config
 from tether.formats.peft_residual import residual_start
 from tether.training import data, inputs
 from tether.training.settings import Settings
@@ -114,7 +114,7 @@ def _load(given: Inputs) -> Adapter:
     """The adapter, rescued where it lives on a residual model."""
     alone = given.anchor is None and given.residual is None
     if alone and given.adapter.is_dir():
-        init = peft_read.read_config(given.adapter).get("init_lora_weights", True)
+        init = peft_config.read_config(given.adapter).get("init_lora_weights", True)
         alone = not residual_start(init)
     if alone:
         return formats.load(given.adapter)

@@ -5,8 +5,7 @@ What tether cannot represent is refused by name; nothing is dropped.
 
 import math
 import re
-import shlex
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +16,6 @@ from tether.errors import (
     ConfigError,
     HeaderError,
     NonFiniteError,
-    NotAnAdapterError,
-    PickleRefusedError,
     ShapeMismatchError,
     UnsupportedAdapterError,
 )
@@ -26,31 +23,19 @@ from tether.fingerprints import fingerprint_tensor
 from tether.formats import container, peft_parts
 from tether.formats import peft_names as names
 from tether.formats.pattern import first_match
+from tether.formats.peft_config import (
+    flag,
+    number,
+    read_config,
+    refuse_unsupported,
+    weights_file,
+)
 from tether.formats.peft_residual import refuse_residual
 from tether.linalg import check_finite
 from tether.provenance import Provenance
 from tether.value import Adapter, Factors, Json, LayerAdapter, Layout, Trained
 
-_MAX_CONFIG = 4 * 2**20  # bytes of adapter_config.json
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Fields that are read, or that say nothing about what the tensors mean. Any other field that is
-# set is refused: it may change the model.
-_UNDERSTOOD = frozenset(
-    {
-        *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path"),
-        *("revision", "inference_mode", "r", "lora_alpha", "lora_dropout", "target_modules"),
-        *("exclude_modules", "fan_in_fan_out", "bias", "use_rslora", "init_lora_weights"),
-        *("use_dora", "modules_to_save"),
-        *(
-            "layers_to_transform",
-            "layers_pattern",
-            "rank_pattern",
-            "alpha_pattern",
-            "megatron_core",
-        ),
-        *("qalora_group_size", "eva_config", "ensure_weight_tying", "runtime_config"),
-    }
-)
 
 
 def load(folder: Path) -> Adapter:
@@ -126,88 +111,6 @@ def _sorted(
         raise NonFiniteError(f"{weights}: {error}") from error
 
 
-def read_config(folder: Path) -> dict[str, Json]:
-    """Read the settings of a PEFT LoRA.
-
-    Args:
-        folder: of the adapter.
-
-    Returns:
-        field -> value.
-
-    Raises:
-        NotAnAdapterError: there are none, or it is not a LoRA.
-        HeaderError: they are malformed.
-    """
-    path = folder / names.CONFIG
-    if not path.is_file():
-        raise NotAnAdapterError(
-            f"{folder}: there is no {names.CONFIG} in it. Give the folder of a PEFT adapter, or a "
-            "native adapter file."
-        )
-    if path.stat().st_size > _MAX_CONFIG:
-        raise HeaderError(f"{path}: larger than the limit of {_MAX_CONFIG} bytes.")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise HeaderError(f"{path}: not valid UTF-8: {error}.") from error
-    config = container.parse_json(text, str(path), _MAX_CONFIG)
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise NotAnAdapterError(f"{path}: peft_type is {kind!r}; only 'LORA' is read.")
-    return config
-
-
-def weights_file(folder: Path) -> Path:
-    """The file that holds a PEFT adapter's tensors.
-
-    Args:
-        folder: of the adapter.
-
-    Returns:
-        its path.
-
-    Raises:
-        PickleRefusedError: the weights are a .bin.
-        NotAnAdapterError: there are none.
-    """
-    weights = folder / names.WEIGHTS
-    if weights.is_file():
-        return weights
-    pickled = folder / names.PICKLED_WEIGHTS
-    if pickled.exists():
-        line = (
-            "import sys, torch, safetensors.torch as s; s.save_file({k: v.contiguous().clone() "
-            "for k, v in torch.load(sys.argv[1], weights_only=True).items()}, sys.argv[2])"
-        )
-        raise PickleRefusedError(
-            f"{pickled}: is a pickle; reading it can run code, so it is refused. Convert it with: "
-            f'python -c "{line}" {shlex.quote(str(pickled))} {shlex.quote(str(weights))}'
-        )
-    raise NotAnAdapterError(
-        f"{weights}: there is no such file. Give the whole folder of a PEFT adapter."
-    )
-
-
-def refuse_unsupported(folder: Path, config: dict[str, Json], also: Collection[str] = ()) -> None:
-    """Refuse settings that change the model and that tether does not read.
-
-    Args:
-        folder: of the adapter.
-        config: its settings.
-        also: fields that the caller reads.
-
-    Raises:
-        UnsupportedAdapterError: naming the field.
-    """
-    for field, value in config.items():
-        if value and field not in _UNDERSTOOD and field not in also:
-            raise UnsupportedAdapterError(
-                f"{folder}: it was trained with {field}={value!r}, which a plain LoRA cannot hold; "
-                "reading it without would change the model."
-            )
-
-
 def _decode(
     where: Path, config: dict[str, Json], tensors: Mapping[str, Tensor]
 ) -> dict[str, LayerAdapter]:
@@ -226,7 +129,7 @@ def _decode(
             check_finite(pair[side], f"{where}: tensor {key!r} in float32")
         if embedding:
             embeddings.add(site)
-    layers, transposed = {}, _flag(config, "fan_in_fan_out")
+    layers, transposed = {}, flag(config, "fan_in_fan_out")
     for site, pair in pairs.items():
         if set(pair) != {"A", "B"}:
             missing = "lora_B" if "A" in pair else "lora_A"
@@ -241,7 +144,7 @@ def _decode(
             anchor=None,
             scaling=_scaling(config, site, factors.rank),
             layout=layout,
-            dropout=_number(config, "lora_dropout", 0.0),
+            dropout=number(config, "lora_dropout", 0.0),
         )
     return layers
 
@@ -278,10 +181,10 @@ def _scaling(config: dict[str, Json], site: str, rank: int) -> float:
     if not isinstance(patterns, dict):
         raise ConfigError("alpha_pattern is not a table.")
     alpha = first_match(patterns, site)
-    alpha = _number(config, "lora_alpha", 8.0) if alpha is None else alpha
+    alpha = number(config, "lora_alpha", 8.0) if alpha is None else alpha
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not alpha > 0:
         raise ConfigError(f"site {site!r}: alpha {alpha!r} is not a positive number.")
-    return float(alpha) / (math.sqrt(rank) if _flag(config, "use_rslora") else rank)
+    return float(alpha) / (math.sqrt(rank) if flag(config, "use_rslora") else rank)
 
 
 def _with_magnitudes(
@@ -328,17 +231,3 @@ def _plain_names(value: Json) -> bool:
 def _base_model(config: dict[str, Json]) -> str | None:
     name = config.get("base_model_name_or_path")
     return name if isinstance(name, str) and name else None
-
-
-def _flag(config: dict[str, Json], field: str) -> bool:
-    value = config.get(field)
-    if not (value is None or isinstance(value, bool)):
-        raise ConfigError(f"{field} is {value!r}, not true or false.")
-    return bool(value)
-
-
-def _number(config: dict[str, Json], field: str, default: float) -> float:
-    value = config.get(field, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise ConfigError(f"{field} is {value!r}, not a number.")
-    return float(value)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tether.checkpoint import DTYPES
 from tether.errors import HeaderError
-from tether.formats import container, peft_names, peft_read, peft_write
+from tether.formats import container, peft_config, peft_names, peft_read, peft_write
 from tether.linalg import check_finite
 from tether.value import Adapter, Json, LayerAdapter, Trained
 
@@ -53,9 +53,9 @@ class PeftFolder:
             UnsupportedAdapterError: it holds something that would be lost, by name.
             HeaderError: a file is malformed.
         """
-        config = peft_read.read_config(path)
-        peft_read.refuse_unsupported(path, config, _OF_STARTS)
-        weights = peft_read.weights_file(path)
+        config = peft_config.read_config(path)
+        peft_config.refuse_unsupported(path, config, _OF_STARTS)
+        weights = peft_config.weights_file(path)
         described = _describe(weights)
         shapes = peft_read.assemble(weights, config, described)
         keys = {site: _keys(site, described) for site in shapes.layers}
