@@ -28,7 +28,7 @@ def with_base(
     limit: int,
     *,
     verify: bool = True,
-    progress: Progress = lambda done, total: None,
+    progress: Progress | None = None,
 ) -> list[SiteStats]:
     """Add what the weights tell.
 
@@ -59,7 +59,8 @@ def with_base(
         stats = measure(layer.layout.matrix(weight), layer)
         norm = float(torch.linalg.vector_norm(weight.double()))
         found[place] = replace(found[place], base=stats, weight=norm)
-        progress(done, len(chosen))
+        if progress is not None:
+            progress(done, len(chosen))
     return found
 
 
@@ -93,7 +94,7 @@ def measure(weight: Tensor, layer: LayerAdapter) -> BaseStats:
 
 
 def _intruders(known: Tensor, moved: Tensor) -> int:
-    count = min(INTRUDER_TOP, min(moved.shape))
+    count = min(INTRUDER_TOP, *moved.shape)
     cosines = (known.T @ _leading(moved, count)).abs()
     return int((cosines.amax(dim=0) < INTRUDER_COSINE).sum())
 
@@ -101,14 +102,17 @@ def _intruders(known: Tensor, moved: Tensor) -> int:
 def _leading(matrix: Tensor, count: int) -> Tensor:
     """The first left singular vectors, by the smaller Gram matrix: good enough for a cosine."""
     if matrix.shape[0] <= matrix.shape[1]:
-        return torch.linalg.eigh(matrix @ matrix.T)[1][:, -count:]
-    vectors = matrix @ torch.linalg.eigh(matrix.T @ matrix)[1][:, -count:]
+        left: Tensor = torch.linalg.eigh(matrix @ matrix.T)[1]
+        return left[:, -count:]
+    vectors: Tensor = matrix @ torch.linalg.eigh(matrix.T @ matrix)[1][:, -count:]
     return vectors / torch.linalg.vector_norm(vectors, dim=0).clamp(min=1e-300)
 
 
 def _choose(sites: Sequence[SiteStats], limit: int) -> list[int]:
     """Places spread over kinds and layers: by kind, every so manyeth."""
-    order = sorted(range(len(sites)), key=lambda place: (sites[place].kind, sites[place].layer or 0))
+    order = sorted(
+        range(len(sites)), key=lambda place: (sites[place].kind, sites[place].layer or 0)
+    )
     if limit == 0 or limit >= len(order):
         return sorted(order)
     return sorted(order[(2 * step + 1) * len(order) // (2 * limit)] for step in range(limit))

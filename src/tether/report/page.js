@@ -12,7 +12,7 @@
   };
   for (const select of all("select[data-group]")) {
     select.addEventListener("change", () => choose(select.dataset.group, select.value));
-    choose(select.dataset.group, "0");
+    choose(select.dataset.group, select.value);
   }
   document.addEventListener("click", (event) => {
     const opener = event.target.closest("[data-opens]");

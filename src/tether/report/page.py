@@ -151,8 +151,8 @@ def render(page: Page) -> str:
     """
     if (missing := missing_library()) is not None:
         raise missing
-    from jinja2 import Environment, StrictUndefined  # noqa: PLC0415
-    from markupsafe import Markup  # noqa: PLC0415
+    from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
 
     environment = Environment(
         autoescape=True,
@@ -166,12 +166,12 @@ def render(page: Page) -> str:
         page=page,
         sections=[section for section in page.sections if section.parts],
         policy=policy(style, script),
-        style=Markup(style),  # noqa: S704: the package's own files
-        script=Markup(script),  # noqa: S704
+        style=Markup(style),
+        script=Markup(script),
         kind=lambda part: type(part).__name__.lower(),
         groups=_groups(page),
-        picture=lambda figure: Markup(figure.svg),  # noqa: S704: escaped when it was drawn
-        embedded=lambda part: Markup(embedded(part.data)),  # noqa: S704: no "<" is in it
+        picture=lambda figure: Markup(figure.svg),
+        embedded=lambda part: Markup(embedded(part.data)),
     )
 
 

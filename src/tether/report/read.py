@@ -71,9 +71,7 @@ def adapter_of(run: Path) -> Adapter:
     return formats.load(steps[max(steps)] / ADAPTER)
 
 
-def read(
-    run: Path, adapter: Adapter, progress: Progress = lambda done, total: None
-) -> RunValues:
+def read(run: Path, adapter: Adapter, progress: Progress | None = None) -> RunValues:
     """Read what a run left, and measure its adapter.
 
     Args:
@@ -183,7 +181,9 @@ def _drift(
     if not found:
         for step in _spread(sorted(steps)):
             found[step] = drift_of(step, site_stats(formats.load(steps[step] / ADAPTER)))
-    last = adapter.provenance.steps if adapter.provenance.steps is not None else max(steps, default=0)
+    last = (
+        adapter.provenance.steps if adapter.provenance.steps is not None else max(steps, default=0)
+    )
     end = drift_of(last, sites)
     found[last] = end
     if adapter.anchored:
@@ -203,7 +203,12 @@ def _checkpoints(run: Path) -> dict[int, Path]:
     found = {}
     for path in run.glob("checkpoint-*"):
         number = path.name.removeprefix("checkpoint-")
-        if number.isascii() and number.isdigit() and len(number) < 16 and (path / ADAPTER).is_file():
+        if (
+            number.isascii()
+            and number.isdigit()
+            and len(number) < 16
+            and (path / ADAPTER).is_file()
+        ):
             found[int(number)] = path
     return found
 

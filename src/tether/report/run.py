@@ -1,6 +1,5 @@
 """The page of one training run."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -9,13 +8,13 @@ from tether import fs
 from tether.checkpoint import Checkpoint
 from tether.report import figures
 from tether.report.base import with_base
-from tether.report.page import Cell, Facts, Page, Part, Section, Table, Text, render
+from tether.report.page import Facts, Page, Part, Section, render
 from tether.report.read import PAGE, adapter_of, read
-from tether.report.values import RunValues, SiteStats
+from tether.report.sections import beside_base, change, one_site, site_table
+from tether.report.values import RunValues
 from tether.training.report import Reporter
 
 BASE_SITES = 14  # whose weight is decomposed, unless said otherwise
-_MOST_CHOICES = 256  # sites whose curves are drawn: bounds the size of the page
 
 
 def write(
@@ -81,7 +80,7 @@ def page_of(values: RunValues) -> Page:
         the page.
     """
     return Page(
-        title=f"Training run {values.name}",
+        title=f"Training run “{values.name}”",
         summary=tuple(_summary(values)),
         sections=(
             Section("Training", tuple(_training(values))),
@@ -94,135 +93,6 @@ def page_of(values: RunValues) -> Page:
         ),
         foot=f"Made by tether {version('tether')}. All numbers are computed from the files of the "
         "run; norms are Frobenius norms.",
-    )
-
-
-def change(sites: Sequence[SiteStats]) -> list[Part]:
-    """Heatmaps of sites × layers.
-
-    Args:
-        sites: of an adapter.
-
-    Returns:
-        figures of |ΔW|/|W| (of |ΔW| where no |W| is known) and of the effective rank.
-    """
-    known = any(site.relative is not None for site in sites)
-    size = "|ΔW|/|W|" if known else "|ΔW|"
-    return [
-        figures.site_heatmap(
-            "change",
-            f"Size of the change, {size}",
-            "The darker, the larger beside the weight. A click shows the site below."
-            if known
-            else "The darker, the larger. The norms of the base are not known here.",
-            sites,
-            (lambda site: site.relative) if known else (lambda site: site.norm),
-            (lambda value: f"{value:.3%}") if known else (lambda value: f"{value:.4g}"),
-        ),
-        figures.site_heatmap(
-            "effective-rank",
-            "Effective rank of ΔW",
-            "exp of the entropy of σ²/Σσ²: 1 for a change in a single direction, k for k equal "
-            "ones.",
-            sites,
-            lambda site: site.effective_rank,
-            lambda value: f"{value:.2f}",
-        ),
-    ]
-
-
-def one_site(sites: Sequence[SiteStats]) -> list[Part]:
-    """Figures of one site at a time.
-
-    Args:
-        sites: of an adapter.
-
-    Returns:
-        spectra and energy by rank; none where nothing has changed yet.
-    """
-    shown = sites[:_MOST_CHOICES]
-    if not any(site.norm > 0 for site in shown):
-        return [Text("The adapter is at its start: ΔW is zero everywhere.")]
-    choices = tuple(site.path for site in shown)
-    parts: list[Part] = [figures.spectra(shown, choices), figures.energy_by_rank(shown, choices)]
-    if len(shown) < len(sites):
-        parts.append(
-            Text(f"Drawn are the first {len(shown)} of {len(sites)} sites; the table has all.")
-        )
-    return parts
-
-
-def beside_base(sites: Sequence[SiteStats]) -> list[Part]:
-    """Figures that need the base's weights.
-
-    Args:
-        sites: of an adapter.
-
-    Returns:
-        overlap and intruder dimensions of the sites that were measured, and which those are.
-    """
-    read_sites = [site for site in sites if site.base is not None]
-    if not read_sites:
-        return [
-            Text(
-                "The overlap of ΔW with the directions of W, intruder dimensions and the spectra "
-                "of W need the base's weights: tether report RUN_DIR --base MODEL adds them."
-            )
-        ]
-    parts: list[Part] = [figures.overlap(sites), figures.intruders(sites)]
-    if len(read_sites) < len(sites):
-        parts.append(
-            Text(
-                f"Measured at {len(read_sites)} of {len(sites)} sites, spread evenly over kinds "
-                "and layers; --base-sites 0 measures all."
-            )
-        )
-    return parts
-
-
-def site_table(sites: Sequence[SiteStats]) -> Table:
-    """All sites with their numbers.
-
-    Args:
-        sites: of an adapter.
-
-    Returns:
-        the table; its rows lead to the spectra.
-    """
-    with_weights = any(site.base is not None for site in sites)
-    columns = ("site", "shape", "rank", "|ΔW|", "|ΔW|/|W|", "effective rank", "largest σ", "anchor")
-    extra = ("top k", "bottom k", "intruders") if with_weights else ()
-    return Table(
-        name="sites",
-        title="All sites",
-        caption="A click on a heading sorts, one on a site shows its spectra. “anchor” is the "
-        "norm of the anchor beside that of W.",
-        columns=columns + extra,
-        rows=tuple(_row(site, with_weights) for site in sites),
-        opens="spectra" if any(site.norm > 0 for site in sites[:_MOST_CHOICES]) else None,
-    )
-
-
-def _row(site: SiteStats, with_weights: bool) -> tuple[Cell, ...]:
-    taken = sum(value**2 for value in site.anchor) ** 0.5
-    cells = (
-        Cell.word(site.path),
-        Cell("×".join(map(str, site.shape)), site.shape[0] * site.shape[1]),
-        Cell.number(site.rank, "d"),
-        Cell.number(site.norm),
-        Cell.number(site.relative, ".3%"),
-        Cell.number(site.effective_rank, ".2f"),
-        Cell.number(site.spectrum[0]),
-        Cell.number(taken / site.weight if site.weight and site.anchor else None, ".1%"),
-    )
-    if not with_weights:
-        return cells
-    base = site.base
-    return (
-        *cells,
-        Cell.number(None if base is None else base.top, ".1%"),
-        Cell.number(None if base is None else base.bottom, ".1%"),
-        Cell.number(None if base is None else base.intruders, "d"),
     )
 
 
@@ -302,7 +172,5 @@ def _sizes(values: RunValues) -> list[Part]:
     sizes = {"size": [size / 1e6 for size in values.sizes.values()]}
     caption = "Each file or folder of the run, but for this page."
     return [
-        figures.bars(
-            "sizes", "Files of the run", caption, tuple(values.sizes), sizes, unit=" MB"
-        )
+        figures.bars("sizes", "Files of the run", caption, tuple(values.sizes), sizes, unit=" MB")
     ]

@@ -106,7 +106,7 @@ class RunValues:
     notes: tuple[str, ...] = ()
 
 
-def site_stats(adapter: Adapter, progress: Progress = lambda done, total: None) -> list[SiteStats]:
+def site_stats(adapter: Adapter, progress: Progress | None = None) -> list[SiteStats]:
     """Measure every site from its factors alone, in float64. No ΔW is formed.
 
     Args:
@@ -120,7 +120,8 @@ def site_stats(adapter: Adapter, progress: Progress = lambda done, total: None) 
     for path, layer in adapter.layers.items():
         origin = adapter.provenance.fingerprints.get(path)
         found.append(_measure(path, layer, None if origin is None else origin.norm))
-        progress(len(found), len(adapter.layers))
+        if progress is not None:
+            progress(len(found), len(adapter.layers))
     return found
 
 
@@ -139,7 +140,9 @@ def drift_of(step: int, sites: Iterable[SiteStats]) -> DriftPoint:
     weights = [site.weight for site in sites if site.weight is not None]
     if len(weights) < len(sites) or not any(weights):
         return DriftPoint(step, None, ranks)
-    return DriftPoint(step, math.hypot(*(site.norm for site in sites)) / math.hypot(*weights), ranks)
+    return DriftPoint(
+        step, math.hypot(*(site.norm for site in sites)) / math.hypot(*weights), ranks
+    )
 
 
 def _measure(path: str, layer: LayerAdapter, weight: float | None) -> SiteStats:

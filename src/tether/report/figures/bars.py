@@ -16,7 +16,6 @@ def bars(
     series: Mapping[str, Sequence[float]],
     *,
     unit: str = "",
-    reference: float | None = None,
 ) -> Figure:
     """Draw a group of horizontal bars for each name.
 
@@ -25,38 +24,29 @@ def bars(
         title: of the figure.
         caption: how to read it.
         names: what is measured; those past the first 40 are in the data only.
-        series: label -> one value for each name.
+        series: label -> one value for each name, not negative.
         unit: of the values.
-        reference: a value to mark by a line.
 
     Returns:
         the figure.
     """
     shown = names[:_MOST]
-    thick = 0.8 / len(series)
-    drawing = Drawing(height=0.9 + 0.26 * max(1.0, 0.75 * len(series)) * len(shown))
-    axes = drawing.axes
-    for number, (text, values) in enumerate(series.items()):
-        places = [row + (number - (len(series) - 1) / 2) * thick for row in range(len(shown))]
-        color = SERIES[number % len(SERIES)]
-        drawn = axes.barh(places, values[: len(shown)], thick * 0.92, color=color, label=text)
-        for bar, what, value in zip(drawn, shown, values, strict=False):
-            drawing.mark(bar, f"{what}, {text}: {value:.4g}{unit}")
-            if len(series) == 1:
-                axes.annotate(
-                    f"{value:.4g}", (value, bar.get_y() + bar.get_height() / 2), (3, 0),
-                    textcoords="offset points", va="center", fontsize=9,
-                )
-    if reference is not None:
-        drawing.mark(axes.axvline(reference, color=SERIES[0], linestyle=":"), f"{reference:.4g}")
-    axes.set_yticks(range(len(shown)), [label(each) for each in shown])
-    axes.tick_params(axis="y", length=0)
-    axes.invert_yaxis()
-    axes.margins(x=0.12 if len(series) == 1 else 0.05, y=0.02)
-    axes.set_xlabel(unit.strip())
-    axes.grid(axis="x")
-    if len(series) > 1:
-        axes.legend(loc="lower right")
+    height = 0.9 + 0.26 * max(1.0, 0.75 * len(series)) * len(shown)
+    with Drawing(height=height) as drawing:
+        for number, (text, values) in enumerate(series.items()):
+            _draw(drawing, shown, text, values[: len(shown)], (number, len(series)), unit)
+        axes = drawing.axes
+        axes.set_yticks(range(len(shown)), [label(each) for each in shown])
+        axes.tick_params(axis="y", length=0)
+        axes.invert_yaxis()
+        axes.margins(y=0.02)
+        most = max(max(values[: len(shown)]) for values in series.values())
+        axes.set_xlim(0, (most or 1) * (1.15 if len(series) == 1 else 1.05))
+        axes.set_xlabel(unit.strip())
+        axes.grid(axis="x")
+        if len(series) > 1:
+            drawing.legend()
+        picture = drawing.to_svg(name)
     rows = [
         (each, *(rounded(values[row]) for values in series.values()))
         for row, each in enumerate(names)
@@ -66,9 +56,36 @@ def bars(
         title=title,
         caption=caption + _left_out(len(names) - len(shown)),
         alt=_told(shown, series, unit),
-        svg=drawing.to_svg(name),
+        svg=picture,
         data=Data(("name", *series), tuple(rows)),
     )
+
+
+def _draw(
+    drawing: Drawing,
+    names: Sequence[str],
+    text: str,
+    values: Sequence[float],
+    place: tuple[int, int],
+    unit: str,
+) -> None:
+    """One series: its number among all of them decides colour and place."""
+    number, count = place
+    thick = 0.8 / count
+    rows = [row + (number - (count - 1) / 2) * thick for row in range(len(names))]
+    color = SERIES[number % len(SERIES)]
+    drawn = drawing.axes.barh(rows, values, thick * 0.92, color=color, label=text)
+    for bar, row, what, value in zip(drawn, rows, names, values, strict=True):
+        drawing.mark(bar, f"{what}, {text}: {value:.4g}{unit}")
+        if count == 1:
+            drawing.axes.annotate(
+                f"{value:.4g}",
+                (value, row),
+                (4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=9,
+            )
 
 
 def _left_out(count: int) -> str:

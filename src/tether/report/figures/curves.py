@@ -35,35 +35,45 @@ def curves(
     Returns:
         the figure.
     """
-    drawing = Drawing()
-    axes = drawing.axes
-    for number, (label, points) in enumerate(series.items()):
-        shown = _thinned([(x, y) for x, y in points if y > 0 or not log])
-        color = SERIES[number % len(SERIES)]
-        (line,) = axes.plot(*zip(*shown, strict=True), color=color, label=label)
-        drawing.mark(line, label)
-        dots = axes.scatter(
-            *zip(*shown, strict=True), s=16 if len(shown) <= _DOTTED else 5, color=color
-        )
-        drawing.mark(dots, [f"{label}, {across} {x:g}: {y:.5g}{unit}" for x, y in shown])
-    if log:
-        drawing.log_scale("y")
-    if zero:
-        axes.set_ylim(bottom=0)
-    axes.set_xlabel(across)
-    axes.set_ylabel(unit.strip())
-    axes.grid(axis="y")
-    if len(series) > 1:
-        axes.legend()
+    with Drawing() as drawing:
+        for number, (label, points) in enumerate(series.items()):
+            shown = _thinned([(x, y) for x, y in points if y > 0 or not log])
+            titles = [f"{label}, {across} {x:g}: {y:.5g}{unit}" for x, y in shown]
+            _draw(drawing, label, shown, titles, SERIES[number % len(SERIES)])
+        axes = drawing.axes
+        if log:
+            drawing.log_scale("y")
+        if zero:
+            axes.set_ylim(bottom=0)
+        axes.set_xlabel(across)
+        axes.set_ylabel(unit.strip())
+        axes.grid(axis="y")
+        if len(series) > 1:
+            drawing.legend()
+        picture = drawing.to_svg(name)
     rows = [(label, x, rounded(y)) for label, points in series.items() for x, y in points]
     return Figure(
         name=name,
         title=title,
         caption=caption,
         alt=" ".join(_told(label, points, across, unit) for label, points in series.items()),
-        svg=drawing.to_svg(name),
+        svg=picture,
         data=Data(("series", across, "value"), tuple(rows)),
     )
+
+
+def _draw(
+    drawing: Drawing,
+    label: str,
+    points: list[tuple[float, float]],
+    titles: list[str],
+    color: str,
+) -> None:
+    x, y = [x for x, _ in points], [y for _, y in points]
+    (line,) = drawing.axes.plot(x, y, color=color, label=label)
+    drawing.mark(line, label)
+    size = 16 if len(points) <= _DOTTED else 5
+    drawing.mark(drawing.axes.scatter(x, y, s=size, color=color), titles)
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -1,8 +1,10 @@
 """What all pictures share: a canvas whose marks have hover values, and the figure it becomes."""
 
+import io
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
@@ -51,6 +53,17 @@ class Data:
 
 
 @dataclass(frozen=True, slots=True)
+class _Curve:
+    """As `svg.Curve`, in the coordinates of the axes."""
+
+    choice: int
+    color: str
+    title: str
+    points: Sequence[tuple[float, float]]
+    dots: Sequence[tuple[float, float, str]]
+
+
+@dataclass(frozen=True, slots=True)
 class Figure:
     """A picture of a page.
 
@@ -63,6 +76,7 @@ class Figure:
         data: its numbers.
         choices: what one of is shown at a time; empty where all is shown. Figures of a page with
             the same choices change together.
+        chosen: index of the one that is shown at first.
         wide: whether it needs the page's whole width.
     """
 
@@ -73,73 +87,124 @@ class Figure:
     svg: str
     data: Data
     choices: tuple[str, ...] = ()
+    chosen: int = 0
     wide: bool = False
 
 
 class Drawing:
     """A canvas of one pair of axes; colours are those of `svg`, which a page gives their values.
 
+    To be drawn on within a `with` block: matplotlib's settings are the page's there.
+
     Attributes:
         axes: matplotlib's.
     """
 
+    axes: Any
+
     def __init__(self, width: float = 5.2, height: float = 3.0) -> None:
-        """Make an empty canvas.
+        """Choose a size.
 
         Args:
             width: in inches of 72 points.
             height: the same.
         """
-        import matplotlib as mpl  # noqa: PLC0415
-        from matplotlib.figure import Figure as Canvas  # noqa: PLC0415
+        self._size = width, height
+        self._marks: dict[str, svg.Mark] = {}
+        self._curves: list[_Curve] = []
+        self._settings = ExitStack()
 
-        self._context = mpl.rc_context
-        with mpl.rc_context(_SETTINGS):
-            self._canvas = Canvas(figsize=(width, height), dpi=72, layout="constrained")
-            self.axes: Any = self._canvas.add_subplot()
+    def __enter__(self) -> "Drawing":
+        """Make an empty canvas."""
+        import matplotlib as mpl
+        from matplotlib.figure import Figure as Canvas
+
+        self._settings.enter_context(mpl.rc_context(_SETTINGS))
+        self._canvas = Canvas(figsize=self._size, dpi=72, layout="constrained")
+        self.axes = self._canvas.add_subplot()
         self._canvas.patch.set_alpha(0)
         self.axes.patch.set_alpha(0)
-        self._marks: dict[str, svg.Mark] = {}
+        return self
 
-    def mark(
-        self,
-        artist: Any,
-        title: str | Sequence[str] = "",
-        choice: int | None = None,
-        opens: int | None = None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
+        """Put matplotlib's settings back."""
+        self._settings.close()
+
+    def mark(self, artist: Any, title: str | Sequence[str], opens: int | None = None) -> None:
         """Give an artist its hover value.
 
         Args:
             artist: matplotlib's.
             title: the value; or one for each of its points.
-            choice: which of the figure's choices it belongs to; None for all.
             opens: the choice that a click on it makes.
         """
         key = f"mark-{len(self._marks)}"
         artist.set_gid(key)
+        single = isinstance(title, str)
         titles = [title] if isinstance(title, str) else title
-        self._marks[key] = svg.Mark(
-            tuple(map(printable, titles)), not isinstance(title, str), choice, opens
-        )
+        self._marks[key] = svg.Mark(tuple(map(printable, titles)), not single, opens)
 
-    def to_svg(self, name: str) -> str:
+    def curve(
+        self,
+        choice: int,
+        color: str,
+        title: str,
+        points: Sequence[tuple[float, float]],
+        dots: Sequence[tuple[float, float, str]],
+    ) -> None:
+        """Draw a line that is shown with one choice; the axes grow to hold it.
+
+        Args:
+            choice: index of the choice.
+            color: one of `svg`'s.
+            title: hover value of the line.
+            points: of the line, two at least to be seen.
+            dots: (x, y, hover value).
+        """
+        self._curves.append(_Curve(choice, color, title, points, dots))
+        self.axes.update_datalim(points)
+        self.axes.autoscale_view()
+
+    def legend(self) -> None:
+        """Explain the colours above the axes, where nothing is covered."""
+        handles, labels = self.axes.get_legend_handles_labels()
+        self._canvas.legend(handles, labels, loc="outside upper right", ncols=len(labels))
+
+    def to_svg(self, name: str, chosen: int = 0) -> str:
         """The picture as an element of a page.
 
         Args:
             name: of the figure; begins every id in it.
+            chosen: index of the choice whose curves are shown at first.
 
         Returns:
             an <svg> element without styles, scripts and addresses.
         """
-        import io  # noqa: PLC0415
-
         out = io.StringIO()
-        with self._context(_SETTINGS), warnings.catch_warnings():
+        with warnings.catch_warnings():
             # Signs that its font lacks: the page's fonts draw the text, not matplotlib's.
             warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
             self._canvas.savefig(out, format="svg", metadata=svg.NO_METADATA)
-        return svg.clean(out.getvalue(), name, self._marks)
+        curves = [self._placed(curve) for curve in self._curves]
+        return svg.clean(out.getvalue(), name, self._marks, curves, chosen)
+
+    def _placed(self, curve: "_Curve") -> svg.Curve:
+        """A curve in the picture's coordinates, whose y goes down."""
+        height = 72 * self._size[1]
+
+        def place(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+            placed = self.axes.transData.transform(points).tolist() if points else []
+            return [(x, height - y) for x, y in placed]
+
+        dots = [
+            (x, y, printable(title))
+            for (x, y), (*_, title) in zip(
+                place([(x, y) for x, y, _ in curve.dots]), curve.dots, strict=True
+            )
+        ]
+        return svg.Curve(
+            curve.choice, curve.color, printable(curve.title), place(curve.points), dots
+        )
 
     def log_scale(self, axis: str) -> None:
         """Make an axis logarithmic, its ticks written without mathematics: 10⁻³.
@@ -147,11 +212,11 @@ class Drawing:
         Args:
             axis: "x" or "y".
         """
-        from matplotlib.ticker import FuncFormatter, NullFormatter  # noqa: PLC0415
+        from matplotlib.ticker import FuncFormatter, NullFormatter
 
         getattr(self.axes, f"set_{axis}scale")("log")
         shown = getattr(self.axes, f"{axis}axis")
-        shown.set_major_formatter(FuncFormatter(lambda value, place: _power(value)))
+        shown.set_major_formatter(FuncFormatter(_power))
         shown.set_minor_formatter(NullFormatter())
 
 
@@ -196,7 +261,7 @@ def missing_library() -> MissingExtraError | None:
     return None
 
 
-def _power(value: float) -> str:
+def _power(value: float, _place: int | None = None) -> str:
     exponent = math.log10(value)
     if -2 <= exponent <= 3:
         return f"{value:g}"

@@ -6,54 +6,58 @@ from tether.report.figures.drawing import Data, Drawing, Figure, rounded
 from tether.report.figures.svg import SERIES
 from tether.report.values import SiteStats
 
+_EACH = 8  # ranks with a dot each; above, every fourth has one
 _LEFT_OUT = (0.1, 0.01, 0.001)  # shares of the energy whose ranks are told in words
 
 
-def energy_by_rank(sites: Sequence[SiteStats], choices: Sequence[str]) -> Figure:
+def energy_by_rank(sites: Sequence[SiteStats], choices: Sequence[str], chosen: int) -> Figure:
     """Draw each site's energy over rank, one site visible, and the mean of all.
 
     Args:
         sites: one at least with a change.
         choices: the name of each site.
+        chosen: place of the site that is shown at first.
 
     Returns:
         the figure.
     """
-    drawing = Drawing()
-    axes = drawing.axes
     longest = max(len(site.energy) for site in sites)
     moved = [site for site in sites if site.norm > 0]
-    mean = [sum(_at(site, r) for site in moved) / len(moved) for r in range(1, longest + 1)]
     ranks = range(1, longest + 1)
-    (line,) = axes.plot(ranks, mean, color=SERIES[0], linestyle="--", label="mean of all sites")
-    drawing.mark(line, "mean of all sites")
-    for choice, site in enumerate(sites):
-        if site.norm == 0:
-            continue
-        here = range(1, len(site.energy) + 1)
-        (line,) = axes.plot(here, site.energy, color=SERIES[2])
-        drawing.mark(line, "this site", choice)
-        places = [r for r in here if r <= 16 or r % 4 == 0]
-        dots = axes.scatter(places, [site.energy[r - 1] for r in places], s=12, color=SERIES[2])
-        drawing.mark(dots, [f"rank {r}: {site.energy[r - 1]:.2%}" for r in places], choice)
-    axes.plot([], [], color=SERIES[2], label="this site")
-    axes.set_ylim(0, 1.03)
-    axes.set_xlabel("rank kept")
-    axes.set_ylabel("share of |ΔW|²")
-    axes.grid(axis="y")
-    axes.legend(loc="lower right")
-    name = "energy"
+    mean = [sum(_at(site, rank) for site in moved) / len(moved) for rank in ranks]
+    with Drawing() as drawing:
+        axes = drawing.axes
+        (line,) = axes.plot(ranks, mean, color=SERIES[5], linestyle="--", label="mean of all sites")
+        drawing.mark(line, "mean of all sites")
+        axes.plot([], [], color=SERIES[0], label="this site")
+        axes.set_ylim(0, 1.03)
+        axes.set_xlim(left=0)
+        for choice, site in enumerate(sites):
+            if site.norm > 0:
+                _draw(drawing, site, choice)
+        axes.set_xlabel("rank kept")
+        axes.set_ylabel("share of |ΔW|²")
+        axes.grid(axis="y")
+        drawing.legend()
+        picture = drawing.to_svg("energy", chosen)
     rows = [(site.path, *map(rounded, site.energy)) for site in sites]
     return Figure(
-        name=name,
+        name="energy",
         title="Energy of ΔW by rank",
         caption="The share of |ΔW|² in its best approximation of each rank. Where the curve is "
         "flat, a smaller rank loses little.",
         alt="Mean of all sites: " + "; ".join(_needed(mean, share) for share in _LEFT_OUT) + ".",
-        svg=drawing.to_svg(name),
+        svg=picture,
         data=Data(("site", *map(str, ranks)), tuple(rows)),
         choices=tuple(choices),
+        chosen=chosen,
     )
+
+
+def _draw(drawing: Drawing, site: SiteStats, choice: int) -> None:
+    points = list(enumerate(site.energy, start=1))
+    dots = [(r, e, f"rank {r}: {e:.2%}") for r, e in points if r <= _EACH or r % 4 == 0]
+    drawing.curve(choice, SERIES[0], "this site", points, dots)
 
 
 def _at(site: SiteStats, rank: int) -> float:

@@ -32,7 +32,7 @@ class Cell:
 def heatmap(
     name: str, title: str, caption: str, cells: Sequence[Cell], show: Callable[[float], str] = str
 ) -> Figure:
-    """Draw cells; the darker, the larger.
+    """Draw cells; the stronger the colour, the larger.
 
     Args:
         name: of the figure.
@@ -50,26 +50,27 @@ def heatmap(
     most = max(known)
     longest = max(len(label(row, 32)) for row in rows)
     width = max(4.2, 0.26 * len(columns) + 0.085 * longest + 0.5)
-    drawing = Drawing(width=width, height=0.9 + 0.3 * len(rows))
-    for cell in cells:
-        _draw(drawing, cell, rows.index(cell.row), columns.index(cell.column), most, show)
-    axes = drawing.axes
-    axes.set_xlim(-0.5, len(columns) - 0.5)
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_yticks(range(len(rows)), [label(row, 32) for row in rows])
-    every = max(1, round(len(columns) / 16))
-    axes.set_xticks(range(0, len(columns), every), columns[::every])
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    axes.set_xlabel("layer")
-    darkest = max(cells, key=lambda cell: cell.value or 0.0)
+    with Drawing(width=width, height=0.9 + 0.3 * len(rows)) as drawing:
+        for cell in cells:
+            _draw(drawing, cell, (rows.index(cell.row), columns.index(cell.column)), most, show)
+        axes = drawing.axes
+        axes.set_xlim(-0.5, len(columns) - 0.5)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_yticks(range(len(rows)), [label(row, 32) for row in rows])
+        every = max(1, round(len(columns) / 16))
+        axes.set_xticks(range(0, len(columns), every), columns[::every])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_xlabel("layer")
+        picture = drawing.to_svg(name)
+    strongest = max(cells, key=lambda cell: cell.value or 0.0)
     return Figure(
         name=name,
         title=title,
         caption=caption,
         alt=f"{len(rows)} kinds of sites by {len(columns)} layers. From {show(min(known))} to "
-        f"{show(most)} ({darkest.name}).",
-        svg=drawing.to_svg(name),
+        f"{show(most)} ({strongest.name}).",
+        svg=picture,
         data=Data(("site", "value"), tuple((cell.name, rounded(cell.value)) for cell in cells)),
         wide=len(columns) > 12,
     )
@@ -111,18 +112,22 @@ def site_heatmap(
 
 
 def _draw(
-    drawing: Drawing, cell: Cell, row: int, column: int, most: float, show: Callable[[float], str]
+    drawing: Drawing,
+    cell: Cell,
+    at: tuple[int, int],
+    most: float,
+    show: Callable[[float], str],
 ) -> None:
-    from matplotlib.patches import Rectangle  # noqa: PLC0415
+    from matplotlib.patches import Rectangle
 
+    row, column = at
     place = (column - 0.46, row - 0.46)
     if cell.value is None:
         patch = Rectangle(place, 0.92, 0.92, facecolor="none", edgecolor=LINE, linewidth=0.6)
-        told = "not known"
     else:
-        share = cell.value / most if most > 0 else 0.0
-        alpha = _FAINTEST + (1 - _FAINTEST) * max(0.0, share)
+        share = max(0.0, cell.value / most) if most > 0 else 0.0
+        alpha = _FAINTEST + (1 - _FAINTEST) * share
         patch = Rectangle(place, 0.92, 0.92, facecolor=ACCENT, alpha=alpha, edgecolor="none")
-        told = show(cell.value)
     drawing.axes.add_patch(patch)
+    told = "not known" if cell.value is None else show(cell.value)
     drawing.mark(patch, f"{cell.name}: {told}", opens=cell.opens)

@@ -25,8 +25,9 @@ def overlap(sites: Sequence[SiteStats]) -> Figure:
         "direction of its own would have.",
         [site.path for site, _ in read],
         {
-            "top k": [base.top for _, base in read],
-            "bottom k": [base.bottom for _, base in read],
-            "random": [base.expected for _, base in read],
+            "top k": [100 * base.top for _, base in read],
+            "bottom k": [100 * base.bottom for _, base in read],
+            "random": [100 * base.expected for _, base in read],
         },
+        unit=" %",
     )

@@ -6,46 +6,52 @@ from tether.report.figures.drawing import Data, Drawing, Figure, rounded
 from tether.report.figures.svg import SERIES
 from tether.report.values import SiteStats
 
-_DOTS = 20  # of one line that have a hover value
+_COLORS = {"W": SERIES[5], "anchor": SERIES[1], "ΔW": SERIES[0]}
+_POINTS = 120  # drawn of one line
+_DOTS = 16  # of one line that have a hover value
 _SMALLEST = 1e-7  # of a site's largest value: below is rounding
 
 
-def spectra(sites: Sequence[SiteStats], choices: Sequence[str]) -> Figure:
+def spectra(sites: Sequence[SiteStats], choices: Sequence[str], chosen: int) -> Figure:
     """Draw the spectra of every site on the same axes, one of them visible.
 
     Args:
         sites: one at least with a change or an anchor.
         choices: the name of each site.
+        chosen: place of the site that is shown at first.
 
     Returns:
         the figure.
     """
-    drawing = Drawing()
-    axes = drawing.axes
-    for choice, site in enumerate(sites):
-        for number, (what, values) in enumerate(_lines(site).items()):
-            _draw(drawing, what, values, SERIES[number], choice)
-    for number, what in enumerate(_lines(sites[0])):
-        axes.plot([], [], color=SERIES[number], label=what)
-    drawing.log_scale("y")
-    drawing.log_scale("x")
-    axes.set_xlabel("index of the singular value")
-    axes.set_ylabel("singular value")
-    axes.grid(axis="y")
-    axes.legend()
-    name, first = "spectra", sites[0]
+    with Drawing() as drawing:
+        drawing.log_scale("x")
+        drawing.log_scale("y")
+        for choice, site in enumerate(sites):
+            for what, values in _lines(site).items():
+                _draw(drawing, what, values, choice)
+        axes = drawing.axes
+        for what, color in _COLORS.items():
+            if any(_lines(site)[what] for site in sites):
+                axes.plot([], [], color=color, label=what)
+        axes.set_xlabel("index of the singular value")
+        axes.set_ylabel("singular value")
+        axes.grid(axis="y")
+        drawing.legend()
+        picture = drawing.to_svg("spectra", chosen)
+    first = sites[chosen]
     return Figure(
-        name=name,
+        name="spectra",
         title="Spectra of one site",
         caption="Singular values, largest first, both axes logarithmic and the same for all "
         "sites. The anchor is the part of W that the adapter started from. W itself is drawn "
-        "where it was read.",
-        alt=f"Of {choices[0]}: the largest singular value of ΔW is {_first(first.spectrum)}, "
+        "of the sites marked “with W”.",
+        alt=f"Of {choices[chosen]}: the largest singular value of ΔW is {_first(first.spectrum)}, "
         f"of the anchor {_first(first.anchor)}, of W "
         f"{_first(first.base.spectrum) if first.base else 'not read'}.",
-        svg=drawing.to_svg(name),
+        svg=picture,
         data=_data(sites),
         choices=tuple(choices),
+        chosen=chosen,
     )
 
 
@@ -54,22 +60,20 @@ def _lines(site: SiteStats) -> dict[str, tuple[float, ...]]:
     return {"W": weight, "anchor": site.anchor, "ΔW": site.spectrum}
 
 
-def _draw(
-    drawing: Drawing, what: str, values: tuple[float, ...], color: str, choice: int
-) -> None:
-    kept = [v for v in values if v > _SMALLEST * values[0]]
+def _draw(drawing: Drawing, what: str, values: tuple[float, ...], choice: int) -> None:
+    kept = [value for value in values if value > _SMALLEST * values[0]]
     if not kept:
         return
-    places = _spread(len(kept), 200)
-    (line,) = drawing.axes.plot(
-        [place + 1 for place in places], [kept[place] for place in places], color=color
+    drawing.curve(
+        choice,
+        _COLORS[what],
+        what,
+        [(place + 1, kept[place]) for place in _spread(len(kept), _POINTS)],
+        [
+            (place + 1, kept[place], f"{what}, σ{place + 1} = {kept[place]:.4g}")
+            for place in _spread(len(kept), _DOTS)
+        ],
     )
-    drawing.mark(line, what, choice)
-    dotted = _spread(len(kept), _DOTS)
-    dots = drawing.axes.scatter(
-        [place + 1 for place in dotted], [kept[place] for place in dotted], s=12, color=color
-    )
-    drawing.mark(dots, [f"{what}, σ{place + 1} = {kept[place]:.4g}" for place in dotted], choice)
 
 
 def _spread(count: int, most: int) -> list[int]:

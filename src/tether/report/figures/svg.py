@@ -5,7 +5,7 @@ that the page gives their values, so that light and dark both work.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree
 
@@ -41,23 +41,48 @@ class Mark:
     Attributes:
         titles: hover values.
         each: whether there is one for each point, in order.
-        choice: index of the choice that it is shown with; None for all.
         opens: index of the choice that a click makes.
     """
 
     titles: tuple[str, ...]
     each: bool = False
-    choice: int | None = None
     opens: int | None = None
 
 
-def clean(text: str, name: str, marks: Mapping[str, Mark]) -> str:
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A line with dots that is shown with one choice. Drawn here: there may be a thousand.
+
+    Attributes:
+        choice: index of the choice.
+        color: one of the colours above.
+        title: hover value of the line.
+        points: of the line, in the picture's own coordinates.
+        dots: (x, y, hover value).
+    """
+
+    choice: int
+    color: str
+    title: str
+    points: Sequence[tuple[float, float]]
+    dots: Sequence[tuple[float, float, str]]
+
+
+def clean(
+    text: str,
+    name: str,
+    marks: Mapping[str, Mark],
+    curves: Sequence[Curve] = (),
+    chosen: int = 0,
+) -> str:
     """Rewrite a picture.
 
     Args:
         text: SVG as matplotlib writes it.
         name: begins every id.
         marks: id in `text` -> what belongs to it.
+        curves: drawn on top.
+        chosen: index of the choice that is shown at first.
 
     Returns:
         an <svg> element for a page of HTML.
@@ -74,6 +99,7 @@ def clean(text: str, name: str, marks: Mapping[str, Mark]) -> str:
         _restyle(element)
         if mark is not None:
             _annotate(element, mark)
+    root.extend(_drawn(curve, curve.choice == chosen) for curve in curves)
     for attribute in ("width", "height", "version"):
         root.attrib.pop(attribute, None)
     root.set("class", "plot")
@@ -125,18 +151,35 @@ def _restyle(element: ElementTree.Element) -> None:
 
 
 def _annotate(element: ElementTree.Element, mark: Mark) -> None:
-    points = [child for child in element.iter(f"{_SVG}use")] if mark.each else [element]
+    points = list(element.iter(f"{_SVG}use")) if mark.each else [element]
     for point, text in zip(points, mark.titles, strict=False):
         if text:
             title = ElementTree.Element(f"{_SVG}title")
             title.text = text
             point.insert(0, title)
-    if mark.choice is not None:
-        element.set("data-choice", str(mark.choice))
-        if mark.choice > 0:
-            element.set("class", f"{element.get('class', '')} off".strip())
     if mark.opens is not None:
         element.set("data-opens", str(mark.opens))
+
+
+def _drawn(curve: Curve, shown: bool) -> ElementTree.Element:
+    group = ElementTree.Element(f"{_SVG}g", {"data-choice": str(curve.choice)})
+    if not shown:
+        group.set("class", "off")
+    path = " ".join(f"{x:.1f} {y:.1f}" for x, y in curve.points)
+    line = ElementTree.SubElement(
+        group,
+        f"{_SVG}path",
+        {"class": f"s-{_CLASSES[curve.color]}", "d": f"M{path}", "fill": "none"}
+        | {"stroke-width": "1.8"},
+    )
+    ElementTree.SubElement(line, f"{_SVG}title").text = curve.title
+    dots = ElementTree.SubElement(group, f"{_SVG}g", {"class": f"f-{_CLASSES[curve.color]}"})
+    for x, y, text in curve.dots:
+        place = {"cx": f"{x:.1f}", "cy": f"{y:.1f}", "r": "2.2"}
+        ElementTree.SubElement(
+            ElementTree.SubElement(dots, f"{_SVG}circle", place), f"{_SVG}title"
+        ).text = text
+    return group
 
 
 def _plain(root: ElementTree.Element) -> str:
