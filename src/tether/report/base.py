@@ -102,17 +102,24 @@ def _intruders(known: Tensor, moved: Tensor) -> int:
 def _leading(matrix: Tensor, count: int) -> Tensor:
     """The first left singular vectors, by the smaller Gram matrix: good enough for a cosine."""
     if matrix.shape[0] <= matrix.shape[1]:
-        left: Tensor = torch.linalg.eigh(matrix @ matrix.T)[1]
-        return left[:, -count:]
-    vectors: Tensor = matrix @ torch.linalg.eigh(matrix.T @ matrix)[1][:, -count:]
-    return vectors / torch.linalg.vector_norm(vectors, dim=0).clamp(min=1e-300)
+        vectors: Tensor = torch.linalg.eigh(matrix @ matrix.T)[1][:, -count:]
+    else:
+        vectors = matrix @ torch.linalg.eigh(matrix.T @ matrix)[1][:, -count:]
+    return torch.nn.functional.normalize(vectors, dim=0)
 
 
 def _choose(sites: Sequence[SiteStats], limit: int) -> list[int]:
-    """Places spread over kinds and layers: by kind, every so manyeth."""
-    order = sorted(
-        range(len(sites)), key=lambda place: (sites[place].kind, sites[place].layer or 0)
-    )
-    if limit == 0 or limit >= len(order):
-        return sorted(order)
-    return sorted(order[(2 * step + 1) * len(order) // (2 * limit)] for step in range(limit))
+    """Places of at most so many sites: of every kind in turn, each at other depths."""
+    if limit == 0 or limit >= len(sites):
+        return list(range(len(sites)))
+    kinds: dict[str, list[int]] = {}
+    for place, site in enumerate(sites):
+        kinds.setdefault(site.kind, []).append(place)
+    chosen = []
+    for number, places in enumerate(kinds.values()):
+        share = limit // len(kinds) + (number < limit % len(kinds))
+        count = min(share, len(places))
+        # The golden ratio: however many kinds there are, their depths lie far apart.
+        shift = number * 0.618 % 1
+        chosen += [places[int((step + shift) * len(places) / count)] for step in range(count)]
+    return sorted(chosen)

@@ -7,11 +7,13 @@ their digests. All text goes through the template's escaping.
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
+from tether.errors import ConfigError
 from tether.report.figures import Data, Figure, missing_library
 from tether.report.figures.drawing import Value, rounded
 from tether.report.text import printable
@@ -104,6 +106,8 @@ class Text:
     text: str
 
 
+_NAME = re.compile("[a-z][a-z0-9-]*")
+
 Part = Figure | Table | Facts | Text
 
 
@@ -147,10 +151,12 @@ def render(page: Page) -> str:
         HTML; the same values give the same text.
 
     Raises:
+        ConfigError: two figures or tables have one name, or a name that is none.
         MissingExtraError: matplotlib or jinja2 is not installed.
     """
     if (missing := missing_library()) is not None:
         raise missing
+    _check_names(page)
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
@@ -215,6 +221,19 @@ def embedded(data: Data) -> str:
     for sign in "<>&":
         text = text.replace(sign, f"\\u{ord(sign):04x}")
     return text
+
+
+def _check_names(page: Page) -> None:
+    seen: set[str] = set()
+    for section in page.sections:
+        for part in section.parts:
+            if not isinstance(part, Figure | Table):
+                continue
+            if not _NAME.fullmatch(part.name):
+                raise ConfigError(f"{part.name!r} is no name of a figure: use a-z, 0-9 and '-'.")
+            if part.name in seen:
+                raise ConfigError(f"two parts of the page are named {part.name!r}; rename one.")
+            seen.add(part.name)
 
 
 def _finalize(value: Any) -> Any:

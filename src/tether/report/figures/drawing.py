@@ -118,9 +118,11 @@ class Drawing:
         """Make an empty canvas."""
         import matplotlib as mpl
         from matplotlib.figure import Figure as Canvas
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
 
         self._settings.enter_context(mpl.rc_context(_SETTINGS))
-        self._canvas = Canvas(figsize=self._size, dpi=72, layout="constrained")
+        self._layout = ConstrainedLayoutEngine()
+        self._canvas = Canvas(figsize=self._size, dpi=72, layout=self._layout)
         self.axes = self._canvas.add_subplot()
         self._canvas.patch.set_alpha(0)
         self.axes.patch.set_alpha(0)
@@ -184,6 +186,9 @@ class Drawing:
         with warnings.catch_warnings():
             # Signs that its font lacks: the page's fonts draw the text, not matplotlib's.
             warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+            # The layout once: saving would find it twice more.
+            self._layout.execute(self._canvas)
+            self._canvas.set_layout_engine("none")
             self._canvas.savefig(out, format="svg", metadata=svg.NO_METADATA)
         curves = [self._placed(curve) for curve in self._curves]
         return svg.clean(out.getvalue(), name, self._marks, curves, chosen)
