@@ -1,7 +1,6 @@
 """Adapters with known singular values, and pages as a browser's parser sees them."""
 
-import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 

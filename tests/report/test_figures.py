@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from itertools import pairwise
 
 import pytest
 
@@ -150,7 +151,7 @@ def test_curves_lie_where_the_axes_say():
     sites = site_stats(adapter({"a": layer([4.0, 2.0, 1.0, 0.5])}))
     page = page_with(figures.spectra(sites, ["a"], 0))
     places = [(float(c.get("cx")), float(c.get("cy"))) for c in page.svg("circle")]
-    steps = [(x1 - x0, y1 - y0) for (x0, y0), (x1, y1) in zip(places, places[1:], strict=False)]
+    steps = [(x1 - x0, y1 - y0) for (x0, y0), (x1, y1) in pairwise(places)]
     # Halves are equally far apart on a logarithmic axis, downwards; places are rounded to 0.1.
     assert [y for _, y in steps] == pytest.approx([steps[0][1]] * 3, abs=0.11)
     assert steps[0][1] > 10

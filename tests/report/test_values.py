@@ -34,7 +34,7 @@ def test_the_effective_rank_counts_equal_directions(values, rank):
 
 
 def test_of_an_anchored_site_both_are_measured(trained):
-    base, value = trained
+    _, value = trained
     for site in site_stats(value):
         one = value.layers[site.path]
         exact = torch.linalg.svdvals(delta(one).double())

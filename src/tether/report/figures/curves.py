@@ -72,8 +72,9 @@ def _draw(
     x, y = [x for x, _ in points], [y for _, y in points]
     (line,) = drawing.axes.plot(x, y, color=color, label=label)
     drawing.mark(line, label)
+    # Above the line, so that a pointer meets them first.
     size = 16 if len(points) <= _DOTTED else 5
-    drawing.mark(drawing.axes.scatter(x, y, s=size, color=color), titles)
+    drawing.mark(drawing.axes.scatter(x, y, s=size, color=color, zorder=3), titles)
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
