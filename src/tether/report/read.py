@@ -42,7 +42,7 @@ _SETTINGS = (
     "dtype",
     "seed",
 )
-_LORA = ("init", "rank", "alpha", "use_rslora", "use_dora")
+_LORA = ("rank", "alpha", "use_rslora", "use_dora")
 
 Curves = Mapping[str, tuple[tuple[int, float], ...]]
 
@@ -247,6 +247,9 @@ def _facts(record: dict[str, Any], adapter: Adapter, sites: list[SiteStats]) -> 
 
 
 def _shown(value: Any) -> str:
+    """A setting as text; of a place on this machine its last part: pages are passed on."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str):
+        return Path(value).name if Path(value).is_absolute() else value
+    return json.dumps(value)
