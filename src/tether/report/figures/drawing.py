@@ -165,7 +165,6 @@ class Drawing:
         """
         self._curves.append(_Curve(choice, color, title, points, dots))
         self.axes.update_datalim(points)
-        self.axes.autoscale_view()
 
     def legend(self) -> None:
         """Explain the colours above the axes, where nothing is covered."""
@@ -182,6 +181,7 @@ class Drawing:
         Returns:
             an <svg> element without styles, scripts and addresses.
         """
+        self.axes.autoscale_view()
         out = io.StringIO()
         with warnings.catch_warnings():
             # Signs that its font lacks: the page's fonts draw the text, not matplotlib's.
