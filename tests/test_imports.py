@@ -42,6 +42,7 @@ ORDER = (
     "memory",
     "offload",
     "handle",
+    "drift",
     "attach",
     "swap",
     "merge",

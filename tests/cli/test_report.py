@@ -45,6 +45,23 @@ def test_the_page_has_the_losses_of_the_run(finished):
     assert f"Held-out loss {ends['base']:.4g} at step 0, {ends['adapter']:.4g} at step 12." in text
 
 
+def test_drift_is_drawn_from_the_log_of_the_run(model_folder, text_file, tmp_path):
+    options = ("--data", text_file, "--out", tmp_path, "--steps", "6", "--save-every", "2", *SHORT)
+    succeed("train", model_folder, *options)
+    text = (tmp_path / "report.html").read_text("utf-8")
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text("utf-8").splitlines())
+    logged = {line["step"]: line for line in lines if "drift" in line}
+    drawn = {}
+    for name in ("drift", "drift-rank"):
+        data = json.loads(re.search(rf'id="data-{name}">(.*?)</script>', text)[1])
+        drawn[name] = {step: value for _, step, value in data["rows"]}
+    assert list(drawn["drift"]) == [0, 2, 4, 6]
+    assert list(drawn["drift-rank"]) == [2, 4, 6]
+    for step, line in logged.items():
+        assert drawn["drift"][step] == pytest.approx(100 * line["drift"], rel=1e-5)
+        assert drawn["drift-rank"][step] == pytest.approx(line["effective_rank"], rel=1e-5)
+
+
 def test_with_a_base_the_page_has_what_its_weights_tell(run, model_folder):
     before = contents(model_folder)
     path = run / "page.html"

@@ -30,7 +30,8 @@ _CURVES = {
     "grad_norm": "gradient norm",
     "seconds_per_step": "seconds per step",
 }
-_DRIFT, _RANK = "tether/drift", "tether/effective_rank"
+# In the logs of a Trainer, and in tether's own.
+_DRIFT, _RANK = ("tether/drift", "drift"), ("tether/effective_rank", "effective_rank")
 _SETTINGS = (
     "model",
     "data",
@@ -148,6 +149,11 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _first_number(entry: dict[str, Any], names: tuple[str, ...]) -> float | None:
+    found = (_number(entry.get(name)) for name in names)
+    return next((number for number in found if number is not None), None)
+
+
 def _step(entry: dict[str, Any]) -> int | None:
     step = entry.get("step")
     return step if type(step) is int and 0 <= step < 2**53 else None
@@ -174,9 +180,9 @@ def _drift(
     """
     found = {}
     for entry in entries:
-        step, rank = _step(entry), _number(entry.get(_RANK))
+        step, rank = _step(entry), _first_number(entry, _RANK)
         if step is not None and rank is not None:
-            found[step] = DriftPoint(step, _number(entry.get(_DRIFT)), rank)
+            found[step] = DriftPoint(step, _first_number(entry, _DRIFT), rank)
     steps = _checkpoints(run)
     if not found:
         for step in _spread(sorted(steps)):
