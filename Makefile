@@ -15,7 +15,7 @@ test: $(VENV)/installed
 
 # Pages in a real browser: Debian's chromium and chromium-driver.
 browser: $(VENV)/browser-installed
-	$(BIN)/python -m pytest tests/browser
+	$(BIN)/python -m pytest browser_tests
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
