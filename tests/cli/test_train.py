@@ -22,7 +22,14 @@ from .conftest import SHORT, invoke, start, succeed, succeed_json
 
 __all__ = ["anchors"]
 
-WRITTEN = ("adapter.safetensors", "lora", "checkpoint.safetensors", "metrics.jsonl", "run.json")
+WRITTEN = (
+    "adapter.safetensors",
+    "lora",
+    "checkpoint.safetensors",
+    "metrics.jsonl",
+    "run.json",
+    "report.html",
+)
 
 
 def test_json_says_what_was_done(finished):

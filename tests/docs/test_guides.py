@@ -62,6 +62,14 @@ def test_anchors(read_page, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_look(read_page, tmp_path):
+    scope = read_page("guides/look.md")
+    text = (tmp_path / "run" / "report.html").read_text("utf-8")
+    assert ">Intruder dimensions<" in text
+    assert 'id="memory"' in scope["html"]
+
+
+@pytest.mark.slow
 def test_quantized(read_page, tmp_path):
     scope = read_page("guides/quantized.md")
     assert len(scope["gaps"]) == 14

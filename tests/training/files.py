@@ -21,12 +21,12 @@ def metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def everything(out: Path) -> dict[str, object]:
-    """All that a run wrote; equal values are the same run, bit for bit."""
+    """All that a run wrote but for its page; equal values are the same run, bit for bit."""
     found: dict[str, object] = {"metrics": metrics(out)}
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
         if path.suffix == ".safetensors":
             found[name] = tensors(path)
-        elif path.is_file() and name != "metrics.jsonl":
+        elif path.is_file() and name not in ("metrics.jsonl", "report.html"):
             found[name] = path.read_text()
     return found

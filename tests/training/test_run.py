@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tether
+from tether.drift import measure_drift
 from tether.errors import (
     BaseMismatchError,
     ConfigError,
@@ -180,6 +181,29 @@ def test_an_interrupted_extension_reports_no_loss_of_an_older_adapter(settings, 
 
 
 # What a run writes
+
+
+def test_drift_is_logged_at_each_save_and_once(settings, tmp_path):
+    settings = replace(settings, save_every=2, eval_every=2)
+    run = begin(settings, tmp_path)
+    found = {}
+
+    def look() -> bool:
+        found[run.step] = measure_drift(run.handle)
+        return False
+
+    runs.execute(run, look)
+    lines = [line for line in metrics(tmp_path) if "drift" in line]
+    assert lines == [
+        {"step": n, "drift": found[n].relative, "effective_rank": found[n].effective_rank}
+        for n in (2, 4)
+    ]
+    assert 0 < lines[0]["drift"] < lines[1]["drift"] < 1
+    # The step at which an extended run begins has its evaluation already.
+    runs.execute(go_on(tmp_path, steps=STEPS + 1))
+    entries = [(line["step"], *sorted(set(line) - {"step"})) for line in metrics(tmp_path)]
+    assert len(entries) == len(set(entries))
+    assert [e[0] for e in entries if "drift" in e] == [2, 4, 6]
 
 
 def test_the_files_say_what_was_done(settings, tmp_path, model_folder):

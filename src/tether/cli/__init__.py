@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from tether.cli import anchors, cache, combine, convert, evaluate, inspect, merge, residual, train
+from tether.cli import (
+    anchors,
+    cache,
+    combine,
+    convert,
+    evaluate,
+    inspect,
+    merge,
+    report,
+    residual,
+    train,
+)
 from tether.cli.console import show_error
 
 app = typer.Typer(
@@ -15,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for _command in (train, anchors, evaluate, convert, combine, merge, residual, inspect):
+for _command in (train, anchors, evaluate, convert, combine, merge, residual, inspect, report):
     app.command(_command.NAME)(_command.command)
 app.add_typer(cache.app, name=cache.NAME)
 

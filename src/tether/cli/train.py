@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from tether import fs
 from tether.cli.console import (
     Bars,
     CacheOption,
@@ -37,6 +38,9 @@ from tether.cli.lora import (
     lora_fields,
 )
 from tether.config import LoraConfig
+from tether.errors import TetherError
+from tether.report import read
+from tether.report import run as pages
 from tether.training import run as runs
 from tether.training.run import Run
 from tether.training.settings import Settings
@@ -127,8 +131,8 @@ def command(
     """Fine-tune a language model with an anchored adapter. The base is never written.
 
     Writes to --out: adapter.safetensors (exact, trainable), lora/ (plain LoRA for peft and other
-    software), checkpoint.safetensors, metrics.jsonl and run.json. Ctrl-C finishes the step and
-    writes all of them; --resume goes on from there.
+    software), checkpoint.safetensors, metrics.jsonl, run.json and report.html. Ctrl-C finishes the
+    step and writes all of them; --resume goes on from there.
     """
     with guarded(json_, debug):
         use_all_cores()
@@ -142,12 +146,18 @@ def command(
             settings = Settings(**values, lora=LoraConfig(**lora_fields(context.params), seed=seed))
             run = runs.prepare(settings, out_dir, overwrite=overwrite, reporter=bars, cache=cache)
         first = run.step
+        fs.remove(run.out / read.PAGE)  # of an older state
         with _interruptible() as stop:
             runs.execute(run, stop)
+        missing = _write_page(run)
+        written = [str(run.out / name) for name in _WRITTEN]
+        written += [] if missing else [str(run.out / read.PAGE)]
         if json_:
-            print_json(_summary(run))
+            print_json(_summary(run, written))
         else:
-            _print(run, first)
+            _print(run, first, written)
+        if missing:
+            err.print(f"no page of the run: {missing}", soft_wrap=True)
         if run.stopped:
             raise typer.Exit(130)
 
@@ -193,7 +203,16 @@ def _interruptible() -> Iterator[_Flag]:
             signal.signal(number, handler)
 
 
-def _summary(run: Run) -> dict[str, Any]:
+def _write_page(run: Run) -> TetherError | None:
+    """Write report.html; what stands in the way, if anything: the run itself is complete."""
+    try:
+        pages.write(run.out, reporter=run.reporter)
+    except TetherError as error:
+        return error
+    return None
+
+
+def _summary(run: Run, written: list[str]) -> dict[str, Any]:
     return {
         "status": "interrupted" if run.stopped else "finished",
         "steps_done": run.step,
@@ -202,18 +221,18 @@ def _summary(run: Run) -> dict[str, Any]:
         "sequences": {"train": len(run.data), "held_out": len(run.held_out)},
         "left_out": run.data.left_out,
         "sites": len(run.handle.sites),
-        "written": [str(run.out / name) for name in _WRITTEN],
+        "written": written,
     }
 
 
-def _print(run: Run, first: int) -> None:
+def _print(run: Run, first: int, written: list[str]) -> None:
     table = Table("", "held-out loss", title=f"{run.settings.lora.method.name}, {run.step} steps")
     for name, loss in run.losses.items():
         table.add_row(name, f"{loss:.4f}")
     if not run.stopped:
         out.print(table)
-    for name in _WRITTEN:
-        out.print(f"wrote {run.out / name}", soft_wrap=True)
+    for path in written:
+        out.print(f"wrote {path}", soft_wrap=True)
     if run.stopped:
         out.print(
             f"stopped after step {run.step} (began at {first}); go on with: "

@@ -8,6 +8,7 @@ from tether.linalg.bottom import bottom_svd
 from tether.linalg.checks import check_finite, check_rank
 from tether.linalg.precision import full_precision
 from tether.linalg.qr import leading_qr
+from tether.linalg.spectrum import effective_rank, energy
 from tether.linalg.top import CRITERIA, top_svd
 from tether.linalg.triplets import Certificate, TruncatedSVD
 
@@ -18,6 +19,8 @@ __all__ = [
     "bottom_svd",
     "check_finite",
     "check_rank",
+    "effective_rank",
+    "energy",
     "full_precision",
     "leading_qr",
     "top_svd",

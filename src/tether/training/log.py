@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tether import fs
+from tether.drift import Drift
 from tether.errors import ConfigError, HeaderError
 from tether.formats import container
 from tether.training.loop import Step
@@ -95,18 +96,35 @@ def append_step(out: Path, step: Step, seconds: float) -> None:
 
 
 def append_evaluation(out: Path, step: int, loss: float) -> None:
-    """Log a held-out loss, unless the log ends with that of the same step.
+    """Log a held-out loss, unless the log has that of the same step.
 
     Args:
         out: folder of the run.
         step: steps done.
         loss: held out.
     """
+    _append_once(out, "held_out_loss", {"step": step, "held_out_loss": loss})
+
+
+def append_drift(out: Path, step: int, drift: Drift) -> None:
+    """Log how far the weights have moved, unless the log has that of the same step.
+
+    Args:
+        out: folder of the run.
+        step: steps done.
+        drift: of the adapter.
+    """
+    record = {"step": step, "drift": drift.relative, "effective_rank": drift.effective_rank}
+    _append_once(out, "drift", record)
+
+
+def _append_once(out: Path, key: str, record: dict[str, Any]) -> None:
+    """A run may be gone on with at any point: what is logged beside a step is among the last."""
     path = out / METRICS
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    last = json.loads(lines[-1]) if lines else {}
-    if not ("held_out_loss" in last and last.get("step") == step):
-        fs.append_line(path, json.dumps({"step": step, "held_out_loss": loss}))
+    last = (json.loads(line) for line in lines[-2:])
+    if not any(key in entry and entry.get("step") == record["step"] for entry in last):
+        fs.append_line(path, json.dumps(record))
 
 
 def cut_metrics(out: Path, step: int) -> None:

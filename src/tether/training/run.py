@@ -13,6 +13,7 @@ from torch import nn
 from tether import formats, fs
 from tether.attach import attach
 from tether.config import LoraConfig
+from tether.drift import measure_drift
 from tether.errors import ConfigError, DataError
 from tether.export import save_as_lora
 from tether.formats import peft_names
@@ -203,6 +204,8 @@ def execute(run: Run, stop: Callable[[], bool] = lambda: False) -> None:
     began, first = time.monotonic(), run.step
     if first < total:
         run.losses.pop("adapter", None)
+    if first and _due(run.settings.save_every, first, total):
+        _log_drift(run)
     if first and _due(run.settings.eval_every, first, total):
         _evaluate_once(run)
     with run.reporter.task("Training") as task:
@@ -215,6 +218,8 @@ def execute(run: Run, stop: Callable[[], bool] = lambda: False) -> None:
             task(step.number, total)
             run.stopped = stop()
             if _due(run.settings.save_every, step.number, total) and not run.stopped:
+                # First the log: a run is gone on with from a checkpoint whose drift it has.
+                _log_drift(run)
                 run.save()
             if _due(run.settings.eval_every, step.number, total) and not run.stopped:
                 _evaluate_once(run)
@@ -291,6 +296,10 @@ def _changed(settings: Settings, changes: dict[str, Any]) -> Settings:
 
 def _due(every: int, number: int, total: int) -> bool:
     return every > 0 and number % every == 0 and number < total
+
+
+def _log_drift(run: Run) -> None:
+    log.append_drift(run.out, run.step, measure_drift(run.handle))
 
 
 def _evaluate_once(run: Run) -> float:

@@ -11,6 +11,7 @@ asked what is saved, and code that reads the model's class, signature or attribu
 wrapper. See `tether.integrations.transformers.trainer` for what is overridden, and why.
 """
 
+from tether.drift import Drift, measure_drift
 from tether.errors import MissingExtraError
 
 try:
@@ -27,7 +28,6 @@ from tether.integrations.transformers.callbacks import (
     ExportLora,
     ReportDrift,
 )
-from tether.integrations.transformers.drift import Drift, measure_drift
 from tether.integrations.transformers.folders import ADAPTER_FILE, last_adapter
 from tether.integrations.transformers.quantized import allow_quantized
 from tether.integrations.transformers.reference import Reference

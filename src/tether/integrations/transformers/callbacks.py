@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tether.drift import measure_drift
 from tether.errors import ConfigError
 from tether.export import save_as_lora
 from tether.handle import Handle
-from tether.integrations.transformers.drift import measure_drift
 from tether.integrations.transformers.folders import LORA_FOLDER
 from tether.integrations.transformers.model import trained_handle
 

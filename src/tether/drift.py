@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from tether import algebra
+from tether import algebra, linalg
 from tether.handle import Handle
 
 
@@ -40,11 +40,9 @@ def measure_drift(handle: Handle) -> Drift:
     source = handle.source()
     moved, ranks = 0.0, []
     for site in source.about.layers:
-        squares = algebra.singular_values(source.layer(site)).square()
-        total = float(squares.sum())
-        moved += total
-        shares = squares[squares > 0] / total if total > 0 else squares[:0]
-        ranks.append(float((-(shares * shares.log()).sum()).exp()) if total > 0 else 0.0)
+        values = algebra.singular_values(source.layer(site))
+        moved += float(values.square().sum())
+        ranks.append(linalg.effective_rank(values))
     prints = source.about.provenance.fingerprints
     known = all(site in prints for site in source.about.layers)
     base = math.sqrt(sum(prints[site].norm ** 2 for site in source.about.layers)) if known else 0.0
