@@ -1,4 +1,4 @@
-"""Means, errors and intervals: against scipy's numbers, closed forms and every resample there is."""
+"""Means, errors and intervals: scipy's numbers, closed forms, and every resample there is."""
 
 import itertools
 import math
