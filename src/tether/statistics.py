@@ -145,7 +145,7 @@ def ratio(sums: npt.ArrayLike, counts: npt.ArrayLike | None = None) -> Estimate:
 
     error² = N/(N − 1) · Σ(xᵢ − R·nᵢ)² / (Σnᵢ)², which for equal nᵢ is s/√N, and for 0 and 1 as
     values √(p(1 − p)/(N − 1)). It is too small where units depend on each other, as blocks cut
-    from one text do.
+    from one text do, and is 0 where all units agree.
 
     Args:
         sums: (N,) sum of each unit's values, finite.

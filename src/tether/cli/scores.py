@@ -125,7 +125,7 @@ def _verdict(difference: Mapping[str, Any], digits: int) -> str:
     if difference["interval"] is None:
         return "unknown"
     if not any(float(f"{end:.{digits}f}") for end in difference["interval"]):
-        return "none to this digit"  # however sure it is
+        return "equal in the digits shown"  # however sure it is
     if difference["within_noise"]:
         return "within noise: 0 is in the interval"
     return "lower" if difference["value"] < 0 else "higher"
@@ -138,8 +138,8 @@ def _show_coverage(found: Mapping[str, Any]) -> None:
         out.print(f"intervals: paired bootstrap over {unit}, {RESAMPLES} resamples")
     if used == 1:
         out.print(f"of one of the {unit} there is no error: raise --limit, or give more data")
-    elif used < _FEW:
-        out.print(f"fewer than {_FEW} {unit}: the errors and intervals are too small")
+    elif used < _FEW and found["differences"]:
+        out.print(f"fewer than {_FEW} {unit}: the intervals are too narrow; raise --limit")
     if "majority" in found:
         label, share = _shown(found["majority"]["label"]), found["majority"]["accuracy"]
         out.print(
