@@ -5,10 +5,15 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
+import tether
+from tether.cli import scores
 from tether.integrations import hub
+from tether.statistics import Scores
 
 from .conftest import DATA, contents, invoke, start, succeed, succeed_json
 
@@ -142,6 +147,32 @@ def test_labels_give_an_accuracy(model_folder, adapters, labelled):
     text = succeed(*command)
     assert "6 of 6 rows" in text
     assert "2 labels; always answering 'no' is right in 0.5000" in text
+
+
+def test_accuracy_is_taken_from_accuracy():
+    losses = Scores({None: np.array([2.0, 4.0]), "1-a": np.array([1.0, 1.0])}, np.array([1, 2]))
+    correct = Scores({None: np.zeros(2), "1-a": np.array([1.0, 0.0])}, np.ones(2, dtype=np.int64))
+    said = scores.facts({"a": "1-a"}, losses, correct)
+    (pair,) = said["differences"]
+    assert (pair["adapter"], pair["minus"]) == ("a", None)
+    assert pair["accuracy"]["value"] == said["adapters"]["a"]["accuracy"] == 0.5
+    assert pair["loss"]["value"] == pytest.approx(2 / 3 - 2)
+    assert said["base"]["accuracy"] == 0
+
+
+def test_adapters_that_would_replace_each_other_take_turns(command, model_folder, tmp_path):
+    model = hub.load_model(str(model_folder), torch.float32, "cpu")
+    paths = [tmp_path / f"{n}.safetensors" for n in (1, 2)]
+    for path in paths:
+        config = tether.LoraConfig(rank=1, modules_to_save=["lm_head"])
+        handle = tether.attach(model, config)
+        with torch.no_grad():
+            for factor in handle.parameters():
+                factor.normal_(std=0.1)
+        tether.save(handle.detach(), path)
+    said = succeed_json(*command, *paths)
+    for path in paths:
+        assert succeed_json(*command, path)["adapters"][str(path)] == said["adapters"][str(path)]
 
 
 def test_a_template_changes_what_is_read(model_folder, labelled):

@@ -15,7 +15,7 @@ from .conftest import examples
 
 CPU = torch.device("cpu")
 CONFIGS = {
-    "plain": tether.LoraConfig(rank=2, init="lora"),
+    "plain": tether.LoraConfig(rank=2, init="lora", dropout=0.5),
     "dora": tether.LoraConfig(rank=2, use_dora=True),
     "head": tether.LoraConfig(rank=2, modules_to_save=["lm_head"]),
     "other-head": tether.LoraConfig(rank=2, modules_to_save=["lm_head"], bias="all"),
