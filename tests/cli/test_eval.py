@@ -227,6 +227,19 @@ def test_a_template_for_running_text_is_one_line(command):
     assert "--template is for labelled files" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--limit", "0"), "ConfigError: --limit must be at least 1, not 0"),
+        (("--template", "{label}"), "must hold {text} once and, after it, {label} once"),
+    ],
+)
+def test_a_wrong_option_is_one_line_before_anything_is_loaded(labelled, options, said):
+    result = invoke("eval", "no/such/model", "--data", labelled, *options)
+    assert result.exit_code == 2
+    assert said in result.stderr
+
+
 def test_a_row_that_cannot_be_used_is_one_line(model_folder, labelled):
     labelled.write_text(labelled.read_text("utf-8") + "a, b,yes\n", "utf-8")
     result = invoke("eval", model_folder, "--data", labelled, "--json")

@@ -76,6 +76,8 @@ def command(
     """
     with guarded(json_, debug):
         use_all_cores()
+        if limit < 1:
+            raise ConfigError(f"--limit must be at least 1, not {limit}.")
         bars = Bars(quiet=json_)
         settings = Settings(
             model=None if model == DEFAULT else model,
@@ -90,6 +92,7 @@ def command(
         )
         _check_base(settings.model)
         paths = _distinct(adapters or [])
+        template = classify.TEMPLATE if template is None else template.replace("\\n", "\n")
         rows = _labelled(eval_data or data, template)
         values = {path: formats.load(path) for path in paths}
         base, tokenizer = inputs.load_base(settings, bars)
@@ -121,10 +124,12 @@ def _distinct(paths: list[str]) -> list[str]:
     return paths
 
 
-def _labelled(path: str | None, template: str | None) -> labels.Labelled | None:
+def _labelled(path: str | None, template: str) -> labels.Labelled | None:
+    """The rows of a labelled file; None for running text."""
+    classify.split_template(template)
     if path is not None and labels.is_labelled(path):
         return labels.load(path)
-    if template is not None:
+    if template != classify.TEMPLATE:
         raise ConfigError("--template is for labelled files; leave it out for running text.")
     return None
 
@@ -151,7 +156,7 @@ def _measure(
     settings: Settings,
     tokenizer: Any,
     rows: labels.Labelled | None,
-    template: str | None,
+    template: str,
     bars: Bars,
 ) -> dict[str, Any]:
     """JSON values of everything."""
@@ -170,7 +175,7 @@ def _measure(
             keys,
             rows,
             tokenizer,
-            template=classify.TEMPLATE if template is None else template.replace("\\n", "\n"),
+            template=template,
             batch_size=settings.batch_size,
             limit=settings.eval_limit,
             progress=task,

@@ -137,7 +137,7 @@ def _show_coverage(found: Mapping[str, Any]) -> None:
     if found["differences"] and used > 1:
         out.print(f"intervals: paired bootstrap over {unit}, {RESAMPLES} resamples")
     if used == 1:
-        out.print(f"of one of the {unit} there is no error: raise --limit, or give more data")
+        out.print(f"one alone of the {unit} has no error: raise --limit, or give more data")
     elif used < _FEW and found["differences"]:
         out.print(f"fewer than {_FEW} {unit}: the intervals are too narrow; raise --limit")
     if "majority" in found:

@@ -113,7 +113,7 @@ def encode(
         ConfigError: a template without its parts.
         DataError: naming the line; see `evaluate_labels`.
     """
-    before, after = _parts(template)
+    before, after = split_template(template)
     tokens: list[tuple[int, ...]] = []
     labels: list[tuple[int, ...]] = []
     for row in data.rows:
@@ -133,8 +133,18 @@ def encode(
     return Sequences(tuple(tokens), tuple(labels), packed=False)
 
 
-def _parts(template: str) -> tuple[str, str]:
-    """What comes before the label and after it."""
+def split_template(template: str) -> tuple[str, str]:
+    """Check a template.
+
+    Args:
+        template: with "{text}" and, after it, "{label}".
+
+    Returns:
+        what comes before the label, with "{text}", and after it.
+
+    Raises:
+        ConfigError: either is missing, or there more than once.
+    """
     before, _, after = template.partition("{label}")
     counts = (before.count("{text}"), template.count("{text}"), template.count("{label}"))
     if counts != (1, 1, 1):
