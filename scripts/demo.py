@@ -104,11 +104,11 @@ def _logits(run: runs.Run) -> torch.Tensor:
 
 def _in_new_process(out: Path, eval_limit: int) -> float:
     adapter, limit = str(out / runs.ADAPTER), str(eval_limit)
-    command = [sys.executable, "-m", "tether", "eval", "--adapter", adapter]
+    command = [sys.executable, "-m", "tether", "eval", "default", adapter]
     done = subprocess.run(
-        [*command, "--eval-limit", limit, "--json"], check=True, capture_output=True, text=True
+        [*command, "--limit", limit, "--json"], check=True, capture_output=True, text=True
     )
-    return float(json.loads(done.stdout)["adapter"]["loss"])
+    return float(json.loads(done.stdout)["adapters"][adapter]["loss"])
 
 
 def _by_peft(run: runs.Run) -> float:

@@ -33,7 +33,7 @@ Setup = Callable[[Path, pytest.MonkeyPatch], object]
 TRAIN = "train {in}/model --data {in}/text.txt --out {parent}/out --block 16 --rank 2 --steps 2"
 INSPECT = "inspect {in}/adapter.safetensors"
 CONVERT = "convert {in}/adapter.safetensors {parent}/out"
-EVAL = "eval {in}/model --data {in}/text.txt --block 16 --adapter {in}/adapter.safetensors"
+EVAL = "eval {in}/model {in}/adapter.safetensors --data {in}/text.txt --block 16"
 
 
 @dataclass(frozen=True)

@@ -28,13 +28,15 @@ def test_it_writes_a_base_to_train_on(model_folder, text_file, tmp_path):
     assert all(site["residual"] < site["plain"] for site in said["sites"].values())
     # The tokenizer came along.
     measured = succeed_json(
-        *("eval", out, "--adapter", out / "adapter.safetensors"),
+        *("eval", out, out / "adapter.safetensors"),
         *("--data", text_file, "--block", "16", "--eval-limit", "8"),
     )
     alone = succeed_json(
         *("eval", model_folder, "--data", text_file, "--block", "16", "--eval-limit", "8")
     )
-    assert measured["adapter"]["loss"] == pytest.approx(alone["base"]["loss"], abs=0.1)
+    assert next(iter(measured["adapters"].values()))["loss"] == pytest.approx(
+        alone["base"]["loss"], abs=0.1
+    )
     assert abs(measured["base"]["loss"] - alone["base"]["loss"]) > 0.2
 
 
