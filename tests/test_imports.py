@@ -13,6 +13,7 @@ import tether
 
 ORDER = (
     "errors",
+    "ranks",
     "linalg",
     "provenance",
     "layout",
@@ -41,6 +42,7 @@ ORDER = (
     "freeze",
     "memory",
     "offload",
+    "saving",
     "handle",
     "attach",
     "swap",
