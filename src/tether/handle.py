@@ -24,6 +24,7 @@ from tether.layers import (
 )
 from tether.layers.record import to_shape
 from tether.memory import Memory, measure
+from tether.ranks import reshard
 from tether.source import Source, of_adapter
 from tether.start import original
 from tether.switch import Share, quiet, set_active, set_shares
@@ -94,6 +95,7 @@ class Handle:
             DetachedError: the adapter was detached.
         """
         self._check_attached()
+        reshard(self.model)  # else an optimizer would train copies that FSDP2 had gathered
         for path, layer in self._layers.items():
             for name, parameter in layer.trained():
                 yield f"{path}.{name}", parameter
