@@ -123,7 +123,7 @@ class Handle:
         Raises:
             DetachedError: the adapter was detached.
             FormatError: it is offloaded to a file that is missing, damaged or another one.
-            ShardedWeightError: FSDP1 flattened it.
+            ShardedWeightError: FSDP1 or DeepSpeed's ZeRO-3 holds its values.
         """
         self._check_attached()
         return offload.snapshot(self.model, self.name)

@@ -30,7 +30,7 @@ from tether.layers import (
 )
 from tether.layers.record import Take, to_value
 from tether.memory import measure, readable, users
-from tether.ranks import check_not_flattened, is_sharded, reshard
+from tether.ranks import check_here, is_sharded, reshard
 from tether.start import original
 from tether.value import CHILD, Adapter
 
@@ -50,7 +50,7 @@ def snapshot(model: nn.Module, name: str, take: Take = to_value) -> Adapter:
 
     Raises:
         FormatError: it is offloaded to a file that is missing, damaged or another one.
-        ShardedWeightError: FSDP1 flattened it.
+        ShardedWeightError: FSDP1 or DeepSpeed's ZeRO-3 holds its values.
     """
     modules = carriers(model, name)
     record: Record = getattr(modules[0], CHILD)[name].record
@@ -61,7 +61,7 @@ def snapshot(model: nn.Module, name: str, take: Take = to_value) -> Adapter:
     for module in modules:
         layer = getattr(module, CHILD)[name]
         for own, parameter in layer.named_parameters(recurse=False):
-            check_not_flattened(f"site {layer.path!r}: {own}", parameter)
+            check_here(f"site {layer.path!r}: {own}", parameter)
         if isinstance(layer, SiteLayer):
             layers[layer.path] = layer.value(take)
         if isinstance(layer, ModuleLayer):

@@ -128,9 +128,15 @@ def check_unwrapped(model: nn.Module) -> None:
 
     Raises:
         DistributedError: it is in DistributedDataParallel, which would not average its gradients.
-        ShardedWeightError: FSDP has sharded it.
+        ShardedWeightError: FSDP or DeepSpeed's ZeRO-3 has sharded it.
     """
     sharding = sys.modules.get("torch.distributed.fsdp")
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            raise ShardedWeightError(
+                f"{name} is partitioned by DeepSpeed (ZeRO-3). Load the model whole, attach, and "
+                "call deepspeed.initialize afterwards."
+            )
     for path, module in model.named_modules():
         where = f"module {path!r}" if path else "the model"
         if isinstance(module, nn.parallel.DistributedDataParallel):
@@ -154,18 +160,23 @@ def check_unwrapped(model: nn.Module) -> None:
             )
 
 
-def check_not_flattened(label: str, parameter: Tensor) -> None:
-    """Raise for a parameter whose values FSDP1 holds.
+def check_here(label: str, parameter: Tensor) -> None:
+    """Raise for a parameter whose values others hold, and that cannot be asked for them.
 
     Args:
         label: what to call it in the message.
         parameter: of an adapter.
 
     Raises:
-        ShardedWeightError: FSDP1 has flattened it.
+        ShardedWeightError: FSDP1 or DeepSpeed's ZeRO-3 holds them.
     """
     if getattr(parameter, "_fsdp_flattened", False):
         raise ShardedWeightError(
             f"{label} is in a FullyShardedDataParallel (FSDP1), which has flattened it: its values "
             "cannot be read here. Shard the model with fully_shard (FSDP2) instead."
+        )
+    if hasattr(parameter, "ds_id") and not parameter.numel():
+        raise ShardedWeightError(
+            f"{label} is partitioned by DeepSpeed (ZeRO-3). Gather the adapter for as long as it "
+            "is read: with deepspeed.zero.GatheredParameters(list(handle.parameters())): ..."
         )

@@ -120,7 +120,7 @@ def snapshot_is(handle: tether.Handle, path: Path) -> bool:
 def main(folder: Path) -> None:
     """Run the cases, and write what each rank saw."""
     # A rank that waits in vain fails soon.
-    distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
     said: Said = {}
     for name, case in cases().items():
         try:
