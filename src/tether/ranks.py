@@ -1,5 +1,6 @@
 """The ranks of torch.distributed: how many, what is sharded, and errors that reach all of them."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import TypeVar
@@ -20,6 +21,16 @@ def world_size() -> int:
     if not (distributed.is_available() and distributed.is_initialized()):
         return 1
     return distributed.get_world_size()
+
+
+def launched() -> int:
+    """How many processes a launcher such as torchrun has started together.
+
+    Returns:
+        1 without a launcher.
+    """
+    said = os.environ.get("WORLD_SIZE", "")
+    return max(world_size(), int(said) if said.isdecimal() else 1)
 
 
 def is_first() -> bool:
