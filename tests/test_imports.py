@@ -14,6 +14,7 @@ import tether
 ORDER = (
     "errors",
     "statistics",
+    "ranks",
     "linalg",
     "provenance",
     "layout",
@@ -43,6 +44,7 @@ ORDER = (
     "freeze",
     "memory",
     "offload",
+    "saving",
     "handle",
     "drift",
     "attach",

@@ -32,6 +32,7 @@ from tether.layers import (
     records_of,
     take_off,
 )
+from tether.ranks import check_unwrapped
 from tether.start import init, original
 from tether.switch import check_together, settle
 from tether.value import CHILD, Adapter, LayerAdapter, Layout, Trained
@@ -60,7 +61,8 @@ def attach(
 
     Args:
         model: any module; its weights at the sites floating point, or quantised by bitsandbytes
-            (nf4, fp4, int8) or torchao (int8). Not yet sharded (FSDP).
+            (nf4, fp4, int8) or torchao (int8). Not yet sharded (FSDP) or in
+            DistributedDataParallel: attach first, then wrap.
         adapter: a value, copied; or a configuration, from which one is made; None for PiSSA.
         name: letters, digits, "_" and "-"; by it the adapter is found again.
         trainable: whether its factors require gradients.
@@ -78,10 +80,13 @@ def attach(
         ConfigError: a bad name or dtype, a configuration that does not fit the model, or an active
             adapter that would replace its change.
         MergedError: an adapter is merged into the model.
+        DistributedError: the model is in DistributedDataParallel already.
+        ShardedWeightError: it is sharded already.
     """
     _check_arguments(model, name, dtype)
     base = original(model)
     sites.check_unmerged(base)
+    check_unwrapped(base)
     if isinstance(adapter, Adapter):
         value = adapter
     else:

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from tether import algebra, fs
+from tether import algebra, fs, saving
 from tether import verify as verifying
 from tether.config import AFTER
 from tether.conversion import ConversionReport, SiteReport, Verification, error_curve
-from tether.errors import ConfigError, MergedError, NonFiniteError
+from tether.errors import ConfigError, MergedError, NonFiniteError, ShardedWeightError
 from tether.formats import peft_names, peft_write
 from tether.handle import Handle
 from tether.source import Source, of_adapter, sketch
@@ -41,7 +41,8 @@ def save_as_lora(
     Everything the adapter changes is written: factors of every kind of site, DoRA magnitudes,
     trained biases, modules trained whole; what PEFT cannot express is refused by name. A live
     model is only looked at: weights, gradients, modes, requires_grad and random state stay as they
-    are. Site by site: the extra memory is about that of one site.
+    are. Site by site: the extra memory is about that of one site. Of an adapter that fully_shard
+    sharded all ranks must call it: rank 0 gathers it whole in CPU memory and writes.
 
     Args:
         source: a handle, an adapter, a `Source`, or a live model of peft.
@@ -68,6 +69,8 @@ def save_as_lora(
         UnsupportedAdapterError: something that PEFT cannot express, by name.
         NonFiniteError: a value is NaN or Inf, or does not fit `dtype`.
         VerificationError: the logits differ by more than the tolerance.
+        ShardedWeightError: the adapter is sharded, with `verify` or after="offload".
+        DistributedError: it is sharded, and rank 0 could not write it; on the other ranks.
         WriteError: it cannot be written. After any error, what was there stays.
     """
     dtype = torch.float32 if dtype is None else dtype
@@ -78,6 +81,9 @@ def save_as_lora(
     after = _after(reader.about, handle, after)
     if verify is not None and handle is None:
         raise ConfigError("verify needs a live adapter to compare with: give a handle.")
+    if handle is not None and saving.sharded(handle.model, handle.name):
+        settings = {"rank": rank, "tolerance": tolerance, "dtype": dtype, "progress": progress}
+        return _save_sharded(handle, path, after, verify, settings)
     peft_write.check_expressible(reader.about)
     job = _Job(reader, rank, tolerance, dtype)
     sites, spectra = job.measure(progress)
@@ -105,6 +111,28 @@ def save_as_lora(
         quantization=origin.quantization,
         gaps=dict(origin.gaps),
     )
+
+
+def _save_sharded(
+    handle: Handle,
+    path: str | os.PathLike[str],
+    after: str,
+    verify: Any,
+    settings: Mapping[str, Any],
+) -> ConversionReport:
+    """Gathered by all ranks, written by rank 0."""
+    asked = {"after='offload'": after == "offload", "verify": verify is not None}
+    for name in (name for name, wanted in asked.items() if wanted):
+        raise ShardedWeightError(
+            f"{name}: adapter {handle.name!r} is sharded by fully_shard, which neither gives its "
+            "memory up nor takes a second adapter to compare with. Leave it out; to verify, save "
+            "the native file too, attach it in one process, and save from there."
+        )
+    adapter = saving.gather(handle.model, handle.name)
+    report = saving.written(lambda: save_as_lora(adapter, path, **settings))
+    if after == "detach":
+        handle.detach()
+    return replace(report, after=after)
 
 
 def _reader(source: object) -> Source:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from tether import formats, freeze, offload
+from tether import freeze, offload, saving
 from tether.errors import DetachedError, HookNotFiredError
 from tether.layers import (
     Layer,
@@ -24,6 +24,7 @@ from tether.layers import (
 )
 from tether.layers.record import to_shape
 from tether.memory import Memory, measure
+from tether.ranks import reshard
 from tether.source import Source, of_adapter
 from tether.start import original
 from tether.switch import Share, quiet, set_active, set_shares
@@ -94,6 +95,7 @@ class Handle:
             DetachedError: the adapter was detached.
         """
         self._check_attached()
+        reshard(self.model)  # else an optimizer would train copies that FSDP2 had gathered
         for path, layer in self._layers.items():
             for name, parameter in layer.trained():
                 yield f"{path}.{name}", parameter
@@ -113,12 +115,15 @@ class Handle:
     def snapshot(self) -> Adapter:
         """The adapter now, as a value; also an offloaded one. Changes nothing in the model.
 
+        Of an adapter that fully_shard sharded all ranks must call it, and each gets the whole.
+
         Returns:
             copies on the CPU, float32 (float64 if attached so).
 
         Raises:
             DetachedError: the adapter was detached.
             FormatError: it is offloaded to a file that is missing, damaged or another one.
+            ShardedWeightError: FSDP1 or DeepSpeed's ZeRO-3 holds its values.
         """
         self._check_attached()
         return offload.snapshot(self.model, self.name)
@@ -154,14 +159,18 @@ class Handle:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the adapter now to a native file. Changes nothing in the model.
 
+        Of an adapter that fully_shard sharded all ranks must call it: rank 0 gathers and writes.
+
         Args:
             path: of the file; replaced in one rename.
 
         Raises:
             WriteError: it cannot be written; what was there stays.
+            DistributedError: rank 0 could not write it, on the other ranks.
             DetachedError: the adapter was detached.
         """
-        formats.save(self.snapshot(), path)
+        self._check_attached()
+        saving.save(self.model, self.name, path)
 
     def annotate(self, **changes: str | int | float | None) -> None:
         """Set fields of the provenance, such as the learning rate.

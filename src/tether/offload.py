@@ -30,6 +30,7 @@ from tether.layers import (
 )
 from tether.layers.record import Take, to_value
 from tether.memory import measure, readable, users
+from tether.ranks import check_here, is_sharded, reshard
 from tether.start import original
 from tether.value import CHILD, Adapter
 
@@ -49,14 +50,18 @@ def snapshot(model: nn.Module, name: str, take: Take = to_value) -> Adapter:
 
     Raises:
         FormatError: it is offloaded to a file that is missing, damaged or another one.
+        ShardedWeightError: FSDP1 or DeepSpeed's ZeRO-3 holds its values.
     """
     modules = carriers(model, name)
     record: Record = getattr(modules[0], CHILD)[name].record
     if (stored := _stored(record)) is not None:
         return replace(stored, provenance=record.provenance)
+    reshard(model)
     layers, biases, states = {}, {}, {}
     for module in modules:
         layer = getattr(module, CHILD)[name]
+        for own, parameter in layer.named_parameters(recurse=False):
+            check_here(f"site {layer.path!r}: {own}", parameter)
         if isinstance(layer, SiteLayer):
             layers[layer.path] = layer.value(take)
         if isinstance(layer, ModuleLayer):
@@ -303,7 +308,7 @@ def _place(where: str | os.PathLike[str]) -> Path | None:
 def _check_local(layers: list[Layer]) -> None:
     for layer in layers:
         for name, tensor in layer.own().items():
-            if any(cls.__name__ == "DTensor" for cls in type(tensor).__mro__):
+            if is_sharded(tensor):
                 raise ShardedWeightError(
                     f"site {layer.path!r}: {name} is a DTensor, whose memory FSDP manages. "
                     "Offload with FSDP's CPUOffloadPolicy, or offload and restore before "

@@ -1,6 +1,7 @@
 """`tether train`: one command from text to files, that can be interrupted at any time."""
 
 import json
+import shutil
 import signal
 import time
 from dataclasses import fields
@@ -250,3 +251,27 @@ def test_a_process_that_is_interrupted_goes_on_as_if_it_had_not_been(
     assert succeed_json("train", "--resume", "--out", out)["steps_done"] == 200
     succeed_json(*command[:-1], "--steps", "200", "--out", tmp_path / "whole")
     assert everything(out) == everything(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("options", [(), ("--resume",), ("--overwrite",)])
+def test_under_a_launcher_nothing_is_begun(options, finished, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    if options:
+        shutil.copytree(finished[0], out)
+    before = everything(out) if options else None
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = invoke("train", "no-such-model", "--out", out, *options)
+    assert done.exit_code == 2
+    words = " ".join(done.output.split())
+    assert "DistributedError" in words
+    assert "runs in one process, and a launcher started 2" in words
+    assert "adapt(Trainer)" in words
+    assert (everything(out) if options else None) == before
+    assert out.exists() == bool(options)
+
+
+@pytest.mark.parametrize("size", ["1", "", "many"])
+def test_one_process_of_a_launcher_is_as_good_as_none(size, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    done = invoke("train", tmp_path / "none", "--out", tmp_path / "run")
+    assert "ModelError" in done.output

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tether import fs
-from tether.errors import WriteError
+from tether.errors import DistributedError, HeaderError, WriteError
 from tether.integrations.transformers import folders
 
 
@@ -83,3 +83,30 @@ def test_what_a_kill_left_is_cleared(tmp_path):
     folders.clear(tmp_path)
     folders.clear(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_checkpoint_says_how_many_processes_it_is_of(tmp_path):
+    folders.check_ranks(tmp_path, 2)  # an older one says nothing
+    folders.write_ranks(tmp_path, 2)
+    folders.check_ranks(tmp_path, 2)
+    with pytest.raises(DistributedError, match=r"of 2 processes, and here is 1: .* Start 2 \("):
+        folders.check_ranks(tmp_path, 1)
+    folders.write_ranks(tmp_path, 1)
+    with pytest.raises(
+        DistributedError, match=r"of 1 process, and here are 4: .* Start 1 \("
+    ) as error:
+        folders.check_ranks(tmp_path, 4)
+    assert f"tether.load('{tmp_path / 'adapter.safetensors'}')" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "2", "[2]", "{}", "\xff", " " * 1001, '{"world_size": 2, "world_size": 2}'),
+        *(f'{{"world_size": {size}}}' for size in ('"2"', "true", "0", "-1", "2.0", "null")),
+    ],
+)
+def test_a_malformed_note_of_the_processes_is_refused(text, tmp_path):
+    (tmp_path / "ranks.json").write_text(text, "utf-8")
+    with pytest.raises(HeaderError, match=r"ranks\.json"):
+        folders.check_ranks(tmp_path, 2)

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from .trainer_runs import STATE
+import tether
+from tether.errors import DistributedError
+
+from .trainer_runs import STATE, equal, make_trainer
 
 PROGRAM = Path(__file__).parent / "parallel_run.py"
 
@@ -40,9 +43,21 @@ def results(folders, local_ranks, mode):
     return found
 
 
+def cannot_go_on_alone(folder, model):
+    """One process refuses the checkpoints of two, and nothing has changed then."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    handle = tether.attach(model, tether.LoraConfig(rank=2, dropout=0.1))
+    start = handle.snapshot()
+    trainer = make_trainer(model, folder)
+    with pytest.raises(DistributedError, match="checkpoint of 2 processes, and here is 1"):
+        trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+    assert equal(start, handle.snapshot())
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["one", "each"])
-def test_two_processes_save_and_resume(tmp_path, mode):
+def test_two_processes_save_and_resume(tmp_path, mode, tiny_llama):
     each = mode == "each"
     # Two nodes have a disk each, and a first process each.
     folders = [tmp_path / "first", tmp_path / "second"] if each else [tmp_path / "shared"] * 2
@@ -55,3 +70,4 @@ def test_two_processes_save_and_resume(tmp_path, mode):
         state = set(STATE) - {"rng_state.pth"}
         assert set(files) == {"adapter.safetensors", "lora"} | state | random
     assert ranks[0][0] == ranks[1][0]
+    cannot_go_on_alone(folders[-1], tiny_llama(num_hidden_layers=1, num_key_value_heads=2))

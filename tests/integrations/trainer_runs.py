@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 import tether
 from tether.integrations.transformers import adapt
 
-STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+STATE = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "ranks.json")
 
 
 def sequences(count: int = 16, vocabulary: int = 32) -> list[dict[str, Tensor]]:

@@ -13,6 +13,7 @@ import transformers
 
 import tether
 from tether.config import plan
+from tether.ranks import world_size
 from tether.start import ranks
 from tether.start.site import Job
 
@@ -150,7 +151,7 @@ def test_the_work_on_a_llama_is_shared_out_evenly(size, rank):
 
 
 def test_a_single_process_has_nobody_to_share_with(mesh):
-    assert ranks.world_size() == 1
+    assert world_size() == 1
     adapter = tether.init(stack(), CONFIG)
     torch.distributed.barrier()
     assert list(adapter.layers) == PATHS

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tether.errors import OffloadedError
 from tether.linalg import check_finite
 from tether.provenance import Provenance
+from tether.ranks import is_first
 from tether.value import Json
 
 
@@ -193,10 +194,24 @@ def to_value(tensor: Tensor) -> Tensor:
     Returns:
         a tensor that shares nothing with the model.
     """
-    gather = getattr(tensor, "full_tensor", None)
-    whole: Tensor = tensor if gather is None else gather()
+    whole = _whole(tensor)
     wide = torch.promote_types(whole.dtype, torch.float32)
     return whole.detach().to("cpu", wide, copy=True)
+
+
+def to_first(tensor: Tensor) -> Tensor:
+    """As `to_value` on rank 0; on the others as `to_shape`, once they have given their part.
+
+    Args:
+        tensor: of the live model; all ranks ask for the same one.
+
+    Returns:
+        a tensor that shares nothing with the model.
+    """
+    if is_first():
+        return to_value(tensor)
+    _whole(tensor)
+    return to_shape(tensor)
 
 
 def to_shape(tensor: Tensor) -> Tensor:
@@ -212,4 +227,10 @@ def to_shape(tensor: Tensor) -> Tensor:
     return torch.zeros((), dtype=wide).expand(tensor.shape)
 
 
-Take = Callable[[Tensor], Tensor]  # to_value, or to_shape
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor; of a sharded one every rank gives its part."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()  # type: ignore[no-any-return]
+
+
+Take = Callable[[Tensor], Tensor]  # to_value, to_first or to_shape

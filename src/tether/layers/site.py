@@ -206,11 +206,13 @@ class SiteLayer(Layer):
             x = functional.dropout(x, self.dropout, self.training) if self.dropout else x
         if self.anchor is None:
             return self._up(module, self._down(module, x, self.A), self.B)
+        # FSDP2 may gather the factors in lower precision; it does not touch the anchor.
+        a0, b0 = (anchor.to(self.dA.dtype) for anchor in (self.anchor.A0, self.anchor.B0))
         moved = self._down(module, x, self.dA)
         # B·(dA·x) + dB·(A0·x) with B = B0 + dB, regrouped: no sum of a large and a small
         # *weight*, in which half precision would lose a small displacement.
-        change = self._up(module, moved, self.anchor.B0)
-        start = self._down(module, x, self.anchor.A0)
+        change = self._up(module, moved, b0)
+        start = self._down(module, x, a0)
         return change + self._up(module, moved + start, self.dB)
 
     def _down(self, module: nn.Module, x: Tensor, a: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from tether.errors import (
 from tether.fingerprints import sha256
 from tether.provenance import Provenance
 from tether.quantized import Quantized
+from tether.ranks import check_unwrapped, world_size
 from tether.start import ranks
 from tether.start.model import base_class, base_name, original
 from tether.start.site import Job, Start, find_start
@@ -113,7 +114,8 @@ def init(
         BaseMismatchError: the model is quantised, and not from the folder's weights.
         UnsupportedModuleError: it is quantised in a way that is not known.
         MergedError: an adapter is merged into the model.
-        DistributedError: the ranks disagree, or another one failed.
+        DistributedError: the ranks disagree, or another one failed; or the model is wrapped for
+            training on several.
     """
     search = Search(weights_from, workers, cache, distributed)
     return find(model, config or LoraConfig(), search, progress).adapter
@@ -139,7 +141,7 @@ def find(
     store = AnchorCache(caches.folder()) if search.cache and caches.enabled() else None
     one = partial(find_start, config=config, cache=store)
     with linalg.full_precision():
-        if search.distributed and ranks.world_size() > 1:
+        if search.distributed and world_size() > 1:
             task = ranks.agree(lambda: _described(prepare(), model, config, search))
             solve = partial(find_all, find=one, workers=task.workers, progress=progress)
             starts = ranks.share(task.jobs, solve)
@@ -162,6 +164,7 @@ class _Task:
 
 def _prepare(model: nn.Module, config: LoraConfig, search: Search) -> _Task:
     sites.check_unmerged(model)
+    check_unwrapped(model)
     plans = plan(model, config)
     if search.weights_from is None:
         jobs = [_live_job(item, model) for item in plans]

@@ -7,21 +7,12 @@ from typing import TypeVar
 from torch import distributed
 
 from tether.errors import DistributedError
+from tether.ranks import attempt, gather
 from tether.start.site import Job, Start
 
 T = TypeVar("T")
 Solve = Callable[[Sequence[Job]], dict[str, Start]]
-
-
-def world_size() -> int:
-    """How many ranks there are.
-
-    Returns:
-        1 without torch.distributed.
-    """
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 1
-    return distributed.get_world_size()
+_LOST = "this one has no start"
 
 
 def agree(prepare: Callable[[], tuple[T, str]]) -> T:
@@ -37,9 +28,9 @@ def agree(prepare: Callable[[], tuple[T, str]]) -> T:
         DistributedError: the ranks disagree, or another rank failed. Every rank raises.
         TetherError: this rank failed.
     """
-    prepared, error = _attempt(prepare)
+    prepared, error = attempt(prepare)
     digest = hashlib.sha256(prepared[1].encode()).hexdigest() if prepared else ""
-    digests = _gather(digest, error)
+    digests = gather(digest, error, _LOST)
     assert prepared is not None
     rank = distributed.get_rank()
     for other, theirs in enumerate(digests):
@@ -67,29 +58,9 @@ def share(jobs: Sequence[Job], solve: Solve) -> dict[str, Start]:
         TetherError: this rank failed.
     """
     mine = _part(jobs, distributed.get_rank(), distributed.get_world_size())
-    parts = _gather(*_attempt(lambda: solve(mine)))
+    parts = gather(*attempt(lambda: solve(mine)), _LOST)
     found = {path: start for part in parts if part for path, start in part.items()}
     return {job.path: found[job.path] for job in jobs}
-
-
-def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    try:
-        return work(), None
-    except Exception as caught:  # noqa: BLE001  the other ranks must not wait for ever
-        return None, caught
-
-
-def _gather(value: T, error: Exception | None) -> list[T]:
-    """The value of every rank, in their order; raise on all of them where one failed."""
-    failure = None if error is None else f"{type(error).__name__}: {error}"
-    gathered: list[tuple[T, str | None]] = [(value, None)] * distributed.get_world_size()
-    distributed.all_gather_object(gathered, (value, failure))
-    if error is not None:
-        raise error
-    for other, (_, reason) in enumerate(gathered):
-        if reason is not None:
-            raise DistributedError(f"rank {other} failed, so this one has no start: {reason}")
-    return [each for each, _ in gathered]
 
 
 def _part(jobs: Sequence[Job], rank: int, size: int) -> list[Job]:

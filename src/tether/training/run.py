@@ -14,10 +14,11 @@ from tether import formats, fs
 from tether.attach import attach
 from tether.config import LoraConfig
 from tether.drift import measure_drift
-from tether.errors import ConfigError, DataError
+from tether.errors import ConfigError, DataError, DistributedError
 from tether.export import save_as_lora
 from tether.formats import peft_names
 from tether.handle import Handle
+from tether.ranks import launched
 from tether.start import init
 from tether.switch import reference
 from tether.training import checkpoint, log, loop
@@ -121,8 +122,10 @@ def prepare(
 
     Raises:
         ConfigError: `out` holds a run, and `overwrite` is False.
+        DistributedError: a launcher started several processes.
         TetherError: model, data or configuration cannot be used.
     """
+    _check_alone()
     if (out / RUN).exists() and not overwrite:
         raise ConfigError(
             f"{out}: holds a run already. Go on with it (--resume), choose another --out, or "
@@ -166,7 +169,9 @@ def resume(out: Path, changes: dict[str, Any], reporter: Reporter, *, verify: bo
         DataError: the training text is not the same any more.
         BaseMismatchError: the base is another one.
         FormatError: a file is damaged, or of another run. After any error no file has changed.
+        DistributedError: a launcher started several processes.
     """
+    _check_alone()
     record = log.read_record(out)
     before = log.settings_of(out, record)
     settings = _changed(before, _absolute(changes))
@@ -307,3 +312,13 @@ def _evaluate_once(run: Run) -> float:
     loss = run.evaluate().loss
     log.append_evaluation(run.out, run.step, loss)
     return loss
+
+
+def _check_alone() -> None:
+    """Every process of a launcher would train the same, and write to the same folder."""
+    if (size := launched()) > 1:
+        raise DistributedError(
+            f"tether train runs in one process, and a launcher started {size}. Start it without "
+            "torchrun or accelerate launch. For several processes use adapt(Trainer) of "
+            "tether.integrations.transformers, or a loop as in docs/guides/several-processes.md."
+        )

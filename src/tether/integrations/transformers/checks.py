@@ -60,7 +60,9 @@ def check_trainer(trainer: Any) -> None:
         )
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ConfigError(
-            "FSDP and DeepSpeed save the base themselves. Use one process, or several with DDP."
+            "FSDP and DeepSpeed save the base themselves. Use one process, or several with DDP; or "
+            "shard the model with fully_shard in a loop of your own: see "
+            "docs/guides/several-processes.md."
         )
     model = trainer.model
     trl = any(cls.__module__.startswith("trl.") for cls in type(trainer).__mro__)

@@ -1,16 +1,20 @@
 """The folders of a run: a checkpoint is built aside, and complete under its own name or absent."""
 
+import json
 import re
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint, sort_checkpoints
 
 from tether import fs
-from tether.formats import load
+from tether.errors import DistributedError, HeaderError
+from tether.formats import container, load
 from tether.value import Adapter
 
 ADAPTER_FILE = "adapter.safetensors"
 LORA_FOLDER = "lora"
+RANKS_FILE = "ranks.json"
+_MAX_RANKS_FILE = 1000  # characters
 # No checkpoint to the Trainer, which looks for "checkpoint-N" in the folder of the run.
 UNFINISHED = ".tether-unfinished"
 _NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-[0-9]+")
@@ -53,6 +57,50 @@ def clear(run: Path) -> None:
         run: folder of the run.
     """
     fs.discard_directory(run / UNFINISHED, run / UNFINISHED)
+
+
+def write_ranks(folder: Path, size: int) -> None:
+    """Note how many processes a checkpoint is of.
+
+    Args:
+        folder: of the checkpoint, while it is built.
+        size: how many.
+    """
+    fs.write_text(folder / RANKS_FILE, json.dumps({"world_size": size}))
+
+
+def check_ranks(folder: Path, size: int) -> None:
+    """Raise for a checkpoint of another number of processes.
+
+    The Trainer would go on: with batches dealt out otherwise, and where a random state is missing
+    with whatever state there is.
+
+    Args:
+        folder: of the checkpoint.
+        size: how many processes there are here.
+
+    Raises:
+        DistributedError: it is of more, or of fewer.
+        HeaderError: its note is malformed.
+    """
+    path = folder / RANKS_FILE
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        text = file.read(_MAX_RANKS_FILE + 1).decode(errors="replace")
+    note = container.parse_json(text, str(path), _MAX_RANKS_FILE)
+    before = note.get("world_size") if isinstance(note, dict) else None
+    if type(before) is not int or before < 1:
+        raise HeaderError(f"{path}: has no number 'world_size', at least 1. {container.DAMAGED}")
+    if before != size:
+        raise DistributedError(
+            f"{folder}: is a checkpoint of {before} process{'es' if before > 1 else ''}, and here "
+            f"{f'are {size}' if size > 1 else 'is 1'}: batches would be dealt out otherwise, and "
+            "random states would be missing, so it would not be the same run. Start "
+            f"{before} (--nproc-per-node {before}); or begin a new run from its adapter: "
+            f"tether.attach(model, tether.load({str(folder / ADAPTER_FILE)!r})), with another "
+            "output_dir and without resume_from_checkpoint."
+        )
 
 
 def publish(run: Path, name: str) -> None:

@@ -123,6 +123,8 @@ class AdapterTrainer:
                     f"{folder}: has no {name}, so it is no checkpoint of an adapter in training. "
                     "Give a folder 'checkpoint-N' that such a run wrote."
                 )
+        me: Any = self
+        folders.check_ranks(folder, me.args.world_size)
         put_in_place(self.adapter, folder / ADAPTER_FILE)
 
     def _load_best_model(self) -> None:
@@ -176,6 +178,7 @@ class AdapterTrainer:
                 callback.on_checkpoint(self, self.adapter, folder)
         me.state.best_model_checkpoint = best
         me.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+        folders.write_ranks(folder, me.args.world_size)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """After it is published, and with the adapter where the Trainer puts a model."""
