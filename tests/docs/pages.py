@@ -13,6 +13,13 @@ from pathlib import Path
 DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
 NEW_PROCESS = "# In a new process\n"
+# A block that is a file begins with its name.
+_FILE = re.compile(r"# ([\w-]+\.(?:py|yaml))\n")
+_COMMANDS = {
+    "tether": "tether",
+    "torchrun": "torch.distributed.run",
+    "accelerate": "accelerate.commands.accelerate_cli",
+}
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?(e[+-]?\d+)?")
 
@@ -61,6 +68,9 @@ class Reader:
         return self.scope
 
     def _python(self, block: Block) -> None:
+        if _FILE.match(block.text):
+            self._yaml(block)
+            return
         if block.text.startswith(NEW_PROCESS):
             self.output = self._run(["-c", block.text])
             return
@@ -71,12 +81,19 @@ class Reader:
             exec(code, self.scope)
         self.output = out.getvalue()
 
+    def _yaml(self, block: Block) -> None:
+        """A file, put into the folder."""
+        name = _FILE.match(block.text)
+        assert name, f"without the name of its file: {block.text[:40]!r}"
+        Path(name[1]).write_text(block.text, encoding="utf-8")
+
     def _console(self, block: Block) -> None:
         self.output = ""
         for line in block.text.replace("\\\n", " ").splitlines():
             prompt, command, *arguments = shlex.split(line, comments=True)
-            assert (prompt, command) == ("$", "tether"), f"not a command that is run: {line}"
-            self.output += self._run(["-m", "tether", *arguments])
+            known = prompt == "$" and command in _COMMANDS
+            assert known, f"not a command that is run: {line}"
+            self.output += self._run(["-m", _COMMANDS[command], *arguments])
 
     def _text(self, block: Block) -> None:
         """What a page says is printed has the words of what was; "…" stands for more of it."""

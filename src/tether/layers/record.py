@@ -230,7 +230,8 @@ def to_shape(tensor: Tensor) -> Tensor:
 def _whole(tensor: Tensor) -> Tensor:
     """All of a tensor; of a sharded one every rank gives its part."""
     gather = getattr(tensor, "full_tensor", None)
-    return tensor if gather is None else gather()  # type: ignore[no-any-return]
+    whole: Tensor = tensor if gather is None else gather()
+    return whole
 
 
 Take = Callable[[Tensor], Tensor]  # to_value, to_first or to_shape
