@@ -89,6 +89,19 @@ def test_trainer(read_page, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+def test_several_processes(read_page, tmp_path):
+    read_page("guides/several-processes.md")
+    moved = tether.load(tmp_path / "run" / "adapter.safetensors")
+    shared = tether.load(tmp_path / "ddp.safetensors")
+    # Three steps in two processes, then three more in one.
+    change = tether.compare(shared, moved)
+    assert 0.1 < change.norm_a < change.norm_b
+    assert (tmp_path / "run" / "lora" / "adapter_model.safetensors").is_file()
+    names = {path.name for path in (tmp_path / "trainer" / "checkpoint-2").iterdir()}
+    assert {"adapter.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= names
+
+
+@pytest.mark.slow
 @pytest.mark.filterwarnings(PEFT_NOTICE)
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_coming_from_peft(read_page):
