@@ -94,7 +94,7 @@ def test_the_tables_say_the_same(adapters, command):
         assert f"{low:+.6f} to {high:+.6f}" in text
     assert "lower" in text
     assert "8 of 10 sequences" in text
-    assert "fewer than 20 sequences" in text
+    assert "fewer than 20 sequences: the intervals are too narrow; raise --limit" in text
 
 
 def test_without_an_adapter_it_is_the_base(command):
@@ -146,6 +146,7 @@ def test_labels_give_an_accuracy(model_folder, adapters, labelled):
         assert pair["accuracy"]["value"] == pytest.approx(gained)
     text = succeed(*command)
     assert "6 of 6 rows" in text
+    assert "fewer than 20 rows: the intervals are too narrow; give more data" in text
     assert "2 labels; always answering 'no' is right in 0.5000" in text
 
 

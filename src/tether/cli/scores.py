@@ -136,10 +136,11 @@ def _show_coverage(found: Mapping[str, Any]) -> None:
     out.print(f"{used} of {found['total']} {unit}; ± is the standard error over {unit}")
     if found["differences"] and used > 1:
         out.print(f"intervals: paired bootstrap over {unit}, {RESAMPLES} resamples")
+    more = "raise --limit" if used < found["total"] else "give more data"
     if used == 1:
-        out.print(f"one alone of the {unit} has no error: raise --limit, or give more data")
+        out.print(f"one alone of the {unit} has no error: {more}")
     elif used < _FEW and found["differences"]:
-        out.print(f"fewer than {_FEW} {unit}: the intervals are too narrow; raise --limit")
+        out.print(f"fewer than {_FEW} {unit}: the intervals are too narrow; {more}")
     if "majority" in found:
         label, share = _shown(found["majority"]["label"]), found["majority"]["accuracy"]
         out.print(
