@@ -19,8 +19,8 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 	$(BIN)/pydoclint -q src
 
-# Under half an hour on two cores that nothing else uses.
-BENCHES := import_time anchors anchors_model
+# About forty minutes on two cores that nothing else uses.
+BENCHES := import_time anchors anchors_model step
 bench: $(VENV)/bench-installed
 	for name in $(BENCHES); do \
 	  $(BIN)/python benchmarks/$$name.py --output bench-out/$$name.json || exit 1; \

@@ -132,7 +132,7 @@ class Row:
         accuracy = self.sides[self.ours].accuracy
         # Not accuracy > most: NaN is a miss too.
         found += [
-            f"{name} {accuracy[name]:.1e}, at most {most:.0e} wanted"
+            f"{name} {number(accuracy[name])}, at most {number(most, 0)} wanted"
             for name, most in target.accuracy.items()
             if not accuracy[name] <= most
         ]
@@ -273,12 +273,17 @@ def show(rows: Iterable[Row], console: Console | None = None) -> None:
                 f"{side.median('wall'):.4g}",
                 f"{row.ratio():.3g} {row.verdict()}" if ours else "",
                 wanted(row.target) if ours else "",
-                ", ".join(f"{key} {value:.1e}" for key, value in side.accuracy.items()),
+                ", ".join(f"{key} {number(value)}" for key, value in side.accuracy.items()),
             )
     console.print(table)
     for row in chosen:
         for miss in row.misses():
             console.print(f"missed: {row.name}: {miss}")
+
+
+def number(value: float, digits: int = 1) -> str:
+    """An error with so many digits after the first, or a size such as 12.3."""
+    return f"{value:.3g}" if 0.1 <= value < 1e4 else f"{value:.{digits}e}"
 
 
 def wanted(target: Target | None) -> str:

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from measure import LIMIT, Row, Side, wanted
+from measure import LIMIT, Row, Side, number, wanted
 
 from tether import fs
 
 HEAD = """# Benchmarks
 
 How long it takes to find the anchor of a weight, side by side with peft {peft}, and how far the
-result is from the true one. `make bench` measures all of it anew and writes this page; nothing on
-it is typed by hand.
+result is from the true one; and what a training step costs. `make bench` measures all of it anew
+and writes this page; nothing on it is typed by hand.
 
 - Machine: {processor}, {cores} cores, {system}.
 - Versions: {versions}.
@@ -37,7 +37,13 @@ less 1; the *angle*, in radians, is the largest between the spaces of A and of W
 is W projected on its first r columns.
 
 The *limit* is what the work cannot do without. For one weight: the matrix products with it that
-our run made, alone. For a model: one SHA-256 over the bytes of the adapted weights.
+our run made, alone. For a model: one SHA-256 over the bytes of the adapted weights. For a training
+step: the frozen base's forward and backward pass.
+
+A step's *activations* are what autograd keeps from the forward for the backward pass, beside
+parameters and above the frozen base, counted storage by storage; *all* adds the adapter's factors
+(anchors too), gradients and AdamW's state. Where a processor has no bfloat16 products, the base is
+nearly all that a bfloat16 step takes; the rows "sites" time the adapters alone.
 """
 
 
@@ -148,7 +154,7 @@ def _accuracy(rows: Iterable[Row]) -> str:
 
 
 def _errors(side: Side) -> str:
-    return ", ".join(f"{name} {value:.1e}" for name, value in side.accuracy.items())
+    return ", ".join(f"{name} {number(value)}" for name, value in side.accuracy.items())
 
 
 def _how(rows: Iterable[Row]) -> str:

@@ -18,6 +18,7 @@ from tether.errors import (
     UnknownNameError,
     UnsupportedAdapterError,
 )
+from tether.linalg import Certificate
 from tether.provenance import Fingerprint, Provenance
 from tether.value import Adapter, Layout, Trained
 
@@ -264,3 +265,35 @@ def test_it_says_where_it_came_from_and_can_be_saved(tmp_path):
     assert (read.provenance, read.config) == (origin, result.adapter.config)
     other = two.with_provenance(base_model="another")
     assert combine.cat([one, other]).adapter.provenance.base_model is None
+
+
+def test_it_keeps_what_is_said_of_the_base_and_not_what_is_said_of_anchors():
+    quantised = replace(print_of("1"), dtype="bitsandbytes nf4")
+    certificate = Certificate("dense", 1e-6, 0.0, unique=True)
+
+    def made(seed, gaps, found=quantised):
+        origin = Provenance(
+            "pissa",
+            fingerprints={"linear": found},
+            certificates={"linear": certificate},
+            gaps=gaps,
+            learning_rate=1e-3,
+            steps=5,
+        )
+        return replace(adapter(seed), provenance=origin)
+
+    one, two = made(1, {"linear": 0.09, "wide": 0.1}), made(2, {})
+    origin = combine.svd([two, one], rank=2).adapter.provenance
+    assert origin.quantization == ("bitsandbytes nf4",)
+    # Of "wide" no fingerprint says which base it is.
+    assert dict(origin.gaps) == {"linear": 0.09}
+    assert dict(combine.cat([one, one]).adapter.provenance.gaps) == {"linear": 0.09}
+    assert dict(combine.cat([one, made(2, {"linear": 0.2})]).adapter.provenance.gaps) == {}
+    assert (origin.learning_rate, origin.steps) == (None, None)
+    for result in (combine.cat([one]), combine.linear([one, two]), combine.svd([one], rank=1)):
+        assert not result.adapter.anchored
+        assert dict(result.adapter.provenance.certificates) == {}
+    # The same values in plain layers: the gap is that of the other, quantised one.
+    plain = made(3, {}, replace(quantised, dtype="float32"))
+    assert dict(combine.cat([plain, one]).adapter.provenance.gaps) == {}
+    assert dict(combine.cat([one, plain]).adapter.provenance.gaps) == {"linear": 0.09}

@@ -26,6 +26,7 @@ ORDER = (
     "sites",
     "whole",
     "config",
+    "disk",
     "fs",
     "formats",
     "checkpoint",

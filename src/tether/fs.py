@@ -1,7 +1,5 @@
 """The only file that writes. A write is whole or did not happen; until then the old stays."""
 
-import ctypes
-import errno
 import os
 import shutil
 import tempfile
@@ -10,10 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from tether.disk import default_mode as _default_mode
+from tether.disk import exchange as _exchange
+from tether.disk import named_errors as _named_errors
+from tether.disk import real as _real
+from tether.disk import sync as _sync
 from tether.errors import WriteError
-
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
 
 
 @contextmanager
@@ -292,64 +292,3 @@ def _swap(new: Path, target: Path) -> None:
                 old.rename(target)
             elif old.exists():
                 shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step (Linux); False where the system cannot."""
-    try:
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError, TypeError):
-        return False
-    first, second = os.fsencode(one), os.fsencode(other)
-    return bool(rename(_AT_FDCWD, first, _AT_FDCWD, second, _RENAME_EXCHANGE) == 0)
-
-
-def _real(path: str | os.PathLike[str]) -> Path:
-    """The place itself, so that a link to it stays a link."""
-    return Path(os.path.realpath(path))
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or a folder to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        # Some systems cannot sync a folder; the rename itself is still atomic there.
-        if not (path.is_dir() and error.errno in (errno.EINVAL, errno.EBADF)):
-            raise
-    finally:
-        os.close(handle)
-
-
-def _default_mode(mode: int) -> int:
-    """The permissions a file made in the ordinary way would have: mkstemp makes private ones."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mode & ~mask
-
-
-@contextmanager
-def _named_errors(target: Path) -> Iterator[None]:
-    """Turn the operating system's errors into one that names the file and what to do."""
-    try:
-        yield
-    except ValueError as error:
-        if "null byte" not in str(error):
-            raise
-        raise WriteError(f"{str(target)!r}: cannot be written: it has a null byte.") from error
-    except OSError as error:
-        advice = {
-            errno.ENOSPC: "Free some space, or write elsewhere.",
-            errno.EDQUOT: "Free some of your quota, or write elsewhere.",
-            errno.EFBIG: "Files of this size are not allowed here; write elsewhere.",
-        }.get(error.errno or 0, "Check the path and its permissions.")
-        reason = error.strerror or str(error)
-        raise WriteError(f"{target}: cannot be written: {reason}. {advice}") from error
-    except Exception as error:
-        # safetensors reports the operating system's errors as its own.
-        if type(error).__name__ == "SafetensorError":
-            raise WriteError(
-                f"{target}: cannot be written: {error}. Free some space, or write elsewhere."
-            ) from error
-        raise

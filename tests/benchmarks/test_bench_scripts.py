@@ -161,3 +161,23 @@ def test_imports_are_timed_in_fresh_processes(script):
     assert found.ratio() == pytest.approx(
         found.sides["import decimal"].median("wall") / found.sides["import math"].median("wall")
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["step", "sites"])
+def test_a_step_of_both_sides_and_what_it_keeps(script, monkeypatch, kind, dtype):
+    step = script("step")
+    for name, value in {"BATCH": 2, "LENGTH": 8, "LAYERS": 1, "VOCABULARY": 32}.items():
+        monkeypatch.setattr(step, name, value)
+    found = step.row(kind, dtype, 1)
+    assert set(found.sides) == {"tether", "peft"} | ({"limit"} if kind == "step" else set())
+    ours, theirs = (found.sides[name].accuracy["activations MB"] for name in ("tether", "peft"))
+    tokens, widths = 2 * 8, 576 * 3 + 1536
+    hidden = tokens * 7 * step.RANK * 4
+    wide = {"float32": 4, "bfloat16": 2}[dtype] * tokens * widths
+    # The inputs of the four groups of sites and r numbers per token and site, and nothing else; in
+    # a model attention keeps its own output, which is the input of one of them.
+    least = 1 if kind == "sites" else 0.8
+    assert (wide + hidden) * least * 0.999e-6 < ours < (wide + hidden) * 1.001e-6
+    assert theirs > ours * {"float32": 0.99, "bfloat16": 2}[dtype]
+    assert found.sides["tether"].accuracy["all MB"] > ours

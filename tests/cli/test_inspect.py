@@ -32,7 +32,17 @@ def test_a_native_file(adapter, model_folder):
         "learning_rate": 0.01,
         "steps": 12,
         "fingerprints": 14,
+        "quantization": "none",
     }
+    errors = {s: c.product_error for s, c in value.provenance.certificates.items() if c.unique}
+    worst = max(errors, key=errors.get)
+    assert said["certificates"] == {
+        "anchors": 14,
+        "not_unique": 14 - len(errors),
+        "worst": errors[worst],
+        "worst_site": worst,
+    }
+    assert said["gap"] is None
     assert (said["config"]["rank"], said["config"]["target_modules"]) == (2, "all-linear")
     assert said["layers"].keys() == value.layers.keys()
     for path, row in said["layers"].items():
@@ -58,6 +68,7 @@ def test_a_folder(finished):
         assert row["rank"] == 4
         assert row["norm"] == pytest.approx(changes[path]["norm"], rel=1e-5)
         assert row["relative"] is row["anchor_energy"] is None
+    assert said["provenance"]["quantization"] is said["certificates"] is said["gap"] is None
 
 
 def test_the_table_says_the_same(adapter):
@@ -112,3 +123,70 @@ def test_the_error_of_every_anchor_is_shown_and_what_is_not_known_is_not(tiny_ll
     }
     assert [cells[site] for site in (first, second, third)] == ["3.2e-06", "not unique", "–"]
     assert f"{second}: its anchor was found the slow way: gram: 2e-3 after 96" in lines
+
+
+def about(text):
+    """The rows of the first table: name -> value."""
+    rows = [line.strip("│").split("│") for line in text.splitlines() if line.count("│") == 3]
+    return {row[0].strip(): row[1].strip() for row in rows}
+
+
+def test_of_a_quantised_base_it_says_which_and_how_far_from_the_original(tiny_llama, tmp_path):
+    path = tmp_path / "a.safetensors"
+    value = tether.init(tiny_llama(), tether.LoraConfig(rank=2))
+    first, second, third, *_ = value.layers
+    prints = {
+        site: replace(found, dtype="bitsandbytes nf4" if site != second else "float32")
+        for site, found in value.provenance.fingerprints.items()
+    }
+    certificates = {
+        first: Certificate("lanczos", 3.25e-6, 1e-13, unique=True),
+        second: Certificate("dense", 0.7, 0.0, unique=False),
+        third: Certificate("dense", 2e-7, 0.0, unique=True),
+    }
+    tether.save(
+        value.with_provenance(
+            fingerprints=prints, certificates=certificates, gaps={first: 0.0912, second: 0.1}
+        ),
+        path,
+    )
+    said = succeed_json("inspect", path)
+    assert said["provenance"]["quantization"] == "bitsandbytes nf4"
+    assert said["gap"] == {"sites": 2, "smallest": 0.0912, "largest": 0.1}
+    assert said["certificates"] == {
+        "anchors": 3,
+        "not_unique": 1,
+        "worst": 3.25e-6,
+        "worst_site": first,
+    }
+    rows = about(succeed("inspect", path))
+    assert rows["quantization"] == "bitsandbytes nf4"
+    assert rows["anchor error"] == "3.2e-06 at worst (estimated); 1 of 3 not unique"
+    assert rows["from the original weights"] == "0.0912 to 0.1 of |W|"
+
+
+def test_what_was_not_recorded_is_not_shown(finished):
+    rows = about(succeed("inspect", finished[0] / "lora"))
+    assert rows["quantization"] == "unknown"
+    assert "anchor error" not in rows
+    assert "from the original weights" not in rows
+
+
+def test_no_text_of_a_file_steers_the_terminal(tiny_llama, tmp_path):
+    path = tmp_path / "a.safetensors"
+    value = tether.init(tiny_llama(), tether.LoraConfig(rank=2))
+    escape = "\x1b[2Jevil\n"
+    site = next(iter(value.layers))
+    layers = {escape if name == site else name: layer for name, layer in value.layers.items()}
+    certificate = Certificate("dense", 1e-6, 0.0, unique=True, fallback="slow")
+    value = replace(value, layers=layers, config={"note": escape})
+    value = value.with_provenance(
+        base_model=escape, fingerprints={}, certificates={escape: certificate}
+    )
+    tether.save(value, path)
+    said = succeed("inspect", path)
+    assert "\x1b" not in said
+    rows = about(said)
+    assert rows["base model"] == rows["config: note"] == r"\x1b[2Jevil\n"
+    assert r"\x1b[2Jevil\n: its anchor was found the slow way: slow" in said
+    assert succeed_json("inspect", path)["provenance"]["base_model"] == escape

@@ -377,8 +377,65 @@ def test_another_base_is_refused(settings, tmp_path):
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    files = everything(tmp_path / "out")
     with pytest.raises(BaseMismatchError, match=r"'model\.layers\.1\.mlp\.up_proj'"):
         go_on(tmp_path / "out")
+    assert everything(tmp_path / "out") == files
+
+
+@pytest.mark.parametrize(
+    ("lora", "words"),
+    [
+        ({"init": "olora"}, "init is {'name': 'olora'}, the run began with {'name': 'pissa'"),
+        ({"rank": 3}, "rank is 3, the run began with 2"),
+        ({"target_modules": ["q_proj"]}, "target_modules is ['q_proj'], the run began with"),
+    ],
+    ids=str,
+)
+def test_an_adapter_of_another_run_is_refused(lora, words, settings, tmp_path):
+    """Its factors may have the same names and shapes."""
+    other = replace(settings, steps=1, lora=replace(LORA, **lora))
+    for name, chosen in (("out", replace(settings, steps=1)), ("other", other)):
+        runs.execute(begin(chosen, tmp_path / name))
+    (tmp_path / "other" / "adapter.safetensors").replace(tmp_path / "out" / "adapter.safetensors")
+    files = everything(tmp_path / "out")
+    with pytest.raises(ConfigError) as caught:
+        go_on(tmp_path / "out", steps=2)
+    assert words in str(caught.value)
+    assert str(tmp_path / "out" / "adapter.safetensors") in str(caught.value)
+    assert "another --out" in str(caught.value)
+    assert everything(tmp_path / "out") == files
+
+
+@pytest.mark.parametrize("what", ["method", "seed", "base", "rank"])
+def test_a_checkpoint_of_another_run_is_refused(what, settings, tmp_path):
+    folder = save(tmp_path / "model")
+    other = {
+        "method": {"lora": replace(LORA, init="olora")},
+        "seed": {"lora": replace(LORA, seed=5)},
+        "base": {"model": str(folder)},
+        "rank": {"lora": replace(LORA, rank=3)},
+    }[what]
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    for name, changes in (("out", {}), ("other", other)):
+        runs.execute(begin(replace(settings, steps=1, **changes), tmp_path / name))
+    name = "checkpoint.safetensors"
+    (tmp_path / "other" / name).replace(tmp_path / "out" / name)
+    files = everything(tmp_path / "out")
+    with pytest.raises(FormatError) as caught:
+        go_on(tmp_path / "out", steps=2)
+    message = str(caught.value)
+    both = {
+        "method": ("method olora,", "method pissa,"),
+        "seed": ("seed 5,", "seed 0,"),
+        "base": ("base sha256 ", "the one here is"),
+        "rank": ("(3, ", "(2, "),
+    }[what]
+    assert all(word in message for word in (str(tmp_path / "out" / name), *both))
+    assert "another --out" in message
+    assert everything(tmp_path / "out") == files
 
 
 def test_there_must_be_a_run_to_go_on_with(tmp_path):

@@ -1,5 +1,6 @@
 """`tether inspect`: what an adapter on disk is."""
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from tether.cli.console import (
     print_json,
     use_all_cores,
 )
+from tether.provenance import Provenance
 from tether.value import Adapter, LayerAdapter
 
 NAME = "inspect"
@@ -31,7 +33,8 @@ def command(
 
     |ΔW|/|W| is the size of the change beside the base weight's; anchor energy is the share of
     |W|² that the anchor took up. Both need the base's norm, which native files carry. Anchor error
-    is how far the anchor may be from the exact one, relative to it, where that is known.
+    is how far the anchor may be from the exact one, relative to it, where that is known. Of a
+    quantised base it says which kind, and how far it lies from the original weights if recorded.
     """
     with guarded(json_, debug):
         use_all_cores()
@@ -86,21 +89,71 @@ def _facts(path: Path, adapter: Adapter) -> dict[str, Any]:
             "learning_rate": origin.learning_rate,
             "steps": origin.steps,
             "fingerprints": len(origin.fingerprints),
+            "quantization": _quantization(origin),
         },
+        "certificates": _certificates(origin),
+        "gap": _gap(origin),
         "config": dict(adapter.config),
     }
+
+
+def _quantization(origin: Provenance) -> str | None:
+    """How the base is quantised; None where no fingerprint says."""
+    return ", ".join(origin.quantization) or "none" if origin.fingerprints else None
+
+
+def _certificates(origin: Provenance) -> dict[str, Any] | None:
+    """The worst of the anchors' estimated errors, which say nothing of one that is not unique."""
+    found = origin.certificates
+    if not found:
+        return None
+    errors = {site: c.product_error for site, c in found.items() if c.unique}
+    worst = max(errors, key=errors.__getitem__, default=None)
+    return {
+        "anchors": len(found),
+        "not_unique": len(found) - len(errors),
+        "worst": None if worst is None else errors[worst],
+        "worst_site": worst,
+    }
+
+
+def _gap(origin: Provenance) -> dict[str, Any] | None:
+    """How far a quantised base lies from the original weights, |W_q − W| / |W| of its sites."""
+    gaps = origin.gaps.values()
+    return {"sites": len(gaps), "smallest": min(gaps), "largest": max(gaps)} if gaps else None
+
+
+def _summary(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What is said of all anchors in one line, and of the base."""
+    certificates, gap = facts["certificates"], facts["gap"]
+    if certificates is not None:
+        parts = []
+        if certificates["worst"] is not None:
+            parts.append(f"{certificates['worst']:.1e} at worst (estimated)")
+        if certificates["not_unique"]:
+            parts.append(f"{certificates['not_unique']} of {certificates['anchors']} not unique")
+        yield "anchor error", "; ".join(parts)
+    if gap is not None:
+        yield "from the original weights", f"{gap['smallest']:.3g} to {gap['largest']:.3g} of |W|"
+
+
+def _shown(value: object) -> str:
+    """As text on one line: what a file says must not steer the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
 
 
 def _print(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
     about = Table("", "", show_header=False)
     for name in ("path", "form", "sites"):
-        about.add_row(name, str(facts[name]))
+        about.add_row(name, _shown(facts[name]))
     about.add_row("size", f"{facts['bytes'] / 1e6:.2f} MB")
     about.add_row("trained parameters", f"{facts['trained_parameters']:,}")
     for name, value in facts["provenance"].items():
-        about.add_row(name.replace("_", " "), "unknown" if value is None else str(value))
+        about.add_row(name.replace("_", " "), "unknown" if value is None else _shown(value))
+    for name, value in _summary(facts):
+        about.add_row(name, value)
     for name, value in facts["config"].items():
-        about.add_row(f"config: {name}", str(value))
+        about.add_row(_shown(f"config: {name}"), _shown(value))
     out.print(about)
     site_column = Column("site", overflow="fold")
     table = Table(
@@ -109,7 +162,7 @@ def _print(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
     for site, row in rows.items():
         relative, energy = row["relative"], row["anchor_energy"]
         table.add_row(
-            site,
+            _shown(site),
             "×".join(map(str, row["shape"])),
             str(row["rank"]),
             f"{row['norm']:.4g}",
@@ -119,10 +172,9 @@ def _print(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
         )
     out.print(table)
     for site, row in rows.items():
-        if row["certificate"] is not None and row["certificate"]["fallback"]:
-            out.print(
-                f"{site}: its anchor was found the slow way: {row['certificate']['fallback']}"
-            )
+        reason = row["certificate"]["fallback"] if row["certificate"] is not None else ""
+        if reason:
+            out.print(f"{_shown(site)}: its anchor was found the slow way: {reason}")
 
 
 def _anchor_error(certificate: dict[str, Any] | None) -> str:

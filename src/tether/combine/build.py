@@ -34,6 +34,10 @@ class CombinedSite:
 class Combined:
     """A combination of adapters.
 
+    Of where the adapters came from it keeps what is said of the base, and what they agree in: the
+    fingerprints, the names, and a site's gap where none gives another. The certificates, learning
+    rates and steps say how each of them was made: the combination has no anchor to be certified.
+
     Attributes:
         adapter: plain: no anchors, scaling 1, dropout 0. Its config is the recipe.
         sites: site path -> rank, norm and measured error.
@@ -184,7 +188,19 @@ def _provenance(adapters: Sequence[Adapter], recipe: Mapping[str, Json]) -> Prov
         base_model=_agreed([origin.base_model for origin in origins]),
         base_class=_agreed([origin.base_class for origin in origins]),
         fingerprints=prints,
+        gaps=_gaps(origins, prints),
     )
+
+
+def _gaps(origins: Sequence[Provenance], prints: Mapping[str, Fingerprint]) -> dict[str, float]:
+    """Site path -> how far the base lies from the original weight, where no two say otherwise."""
+    found: dict[str, set[float]] = {}
+    for origin in origins:
+        for path, gap in origin.gaps.items():
+            # The same values in plain layers are the same base, but one that nothing was lost of.
+            if path in prints and origin.fingerprints.get(path) == prints[path]:
+                found.setdefault(path, set()).add(gap)
+    return {path: gaps.pop() for path, gaps in found.items() if len(gaps) == 1}
 
 
 def _agreed(names: Sequence[str | None]) -> str | None:

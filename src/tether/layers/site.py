@@ -6,6 +6,7 @@ from torch.nn import functional
 
 from tether import quantized
 from tether.layers.dora import stretch
+from tether.layers.linear import add_change
 from tether.layers.record import Holder, Layer, Record, Take, contiguous_copy, to_value
 from tether.linalg import check_finite
 from tether.value import Factors, LayerAdapter, Layout, Trained
@@ -174,6 +175,8 @@ class SiteLayer(Layer):
             output + s·(B0·(dA·x) + dB·((A0 + dA)·x)), rounded once to the output's dtype; with
             DoRA, W' = m·(W + ΔW)/|W + ΔW| in place of W + ΔW.
         """
+        if self.layout.kind in ("linear", "transposed") and not (self.dora or self.biased):
+            return self._add(x, output)
         change = self._change(module, x)
         if self.dora:
             # g·(Wx + ΔWx) − Wx = (g − 1)·Wx + g·ΔWx, as its negative.
@@ -189,6 +192,13 @@ class SiteLayer(Layer):
         # A change of zero leaves every bit of the base's output: `change` is the negative, so it
         # is subtracted, and + 0.0 makes its zeros positive: −0.0 − 0.0 is −0.0.
         return (output - (change + 0.0)).to(output.dtype)
+
+    def _add(self, x: Tensor, output: Tensor) -> Tensor:
+        """The output of a linear site with its change."""
+        x = functional.dropout(x, self.dropout, self.training) if self.dropout else x
+        a, b = (getattr(self, name) for name in self.names)
+        anchor = None if self.anchor is None else (self.anchor.A0, self.anchor.B0)
+        return add_change(output, x, (a, b), anchor, self.scaling * self.record.weight)
 
     def _change(self, module: nn.Module, x: Tensor) -> Tensor:
         """−ΔW·x."""

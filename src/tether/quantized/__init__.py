@@ -4,7 +4,8 @@ One file per library; another one is a reader more in `_READERS`. No such librar
 a weight is told by its class, and who holds one has the library loaded already.
 """
 
+from tether.quantized.foreign import check_layer, is_linear
 from tether.quantized.read import check, dense, read, values
 from tether.quantized.stored import Quantized
 
-__all__ = ["Quantized", "check", "dense", "read", "values"]
+__all__ = ["Quantized", "check", "check_layer", "dense", "is_linear", "read", "values"]

@@ -7,6 +7,7 @@ from tether.errors import MetaTensorError, UnsupportedModuleError
 from tether.fingerprints import check_fingerprint
 from tether.provenance import Fingerprint
 from tether.quantized import bitsandbytes, torchao
+from tether.quantized.foreign import KNOWN, check_layer
 from tether.quantized.stored import Quantized
 
 _READERS = (bitsandbytes.read, torchao.read)
@@ -97,6 +98,8 @@ def check(path: str, stored: Tensor | Quantized, expected: Fingerprint) -> None:
 
 def _print(label: str, weight: Tensor, module: nn.Module) -> Fingerprint | None:
     if type(weight) in (nn.Parameter, Tensor):
+        if not weight.is_floating_point():
+            check_layer(label, module)
         return None
     found = read(label, weight, module)
     return None if found is None else found.fingerprint()
@@ -111,6 +114,6 @@ def _unknown(label: str, weight: Tensor, module: nn.Module | None) -> Unsupporte
     name = "" if kind in (nn.Parameter, Tensor) else f" ({kind.__module__}.{kind.__name__})"
     return UnsupportedModuleError(
         f"{label} of dtype {weight.dtype}{name}{where} is quantised in a way that tether does not "
-        "know; bitsandbytes nf4, fp4, int8 and torchao int8 it does. Load the base in one of "
-        "these or unquantised, or exclude the module."
+        f"know; {KNOWN} it does. Load the base in one of these or unquantised, or exclude the "
+        "module."
     )

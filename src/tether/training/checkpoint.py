@@ -1,7 +1,8 @@
 """What is needed to go on training: factors, optimizer moments, random state, in one file.
 
 No pickle: a safetensors file with the tensors `factor.{name}`, `exp_avg.{name}`,
-`exp_avg_sq.{name}`, `rng.cpu`, `rng.cuda`, and metadata `format`, `step` and `digest`.
+`exp_avg_sq.{name}`, `rng.cpu`, `rng.cuda`, and metadata `format`, `step`, `adapter` (of which
+method and base; older files have none) and `digest`.
 """
 
 from pathlib import Path
@@ -18,6 +19,7 @@ from tether.handle import Handle
 
 _FORMAT = "tether-checkpoint"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_DO = "Put the run's own checkpoint back, or begin a new run in another --out."
 
 
 def save(path: Path, handle: Handle, optimizer: torch.optim.AdamW, step: int) -> None:
@@ -47,7 +49,8 @@ def save(path: Path, handle: Handle, optimizer: torch.optim.AdamW, step: int) ->
             if moment in optimizer.state[parameter]:
                 tensors[f"{moment}.{name}"] = optimizer.state[parameter][moment]
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": _FORMAT, "step": str(step), "digest": _digest(tensors, step)}
+    metadata = {"format": _FORMAT, "step": str(step), "adapter": _origin(handle)}
+    metadata["digest"] = _digest(tensors, step, metadata["adapter"])
     with fs.atomic_file(path) as temporary:
         save_file(tensors, temporary, metadata)
 
@@ -70,10 +73,16 @@ def load(path: Path, handle: Handle, optimizer: torch.optim.AdamW) -> int:
     step = metadata.get("step", "")
     if metadata.get("format") != _FORMAT or not (step.isascii() and step.isdigit()):
         raise HeaderError(f"{path}: not a training checkpoint of tether's.")
-    if _digest(tensors, int(step)) != metadata.get("digest"):
+    origin = metadata.get("adapter", "")
+    if _digest(tensors, int(step), origin) != metadata.get("digest"):
         raise DigestError(f"{path}: its sha256 differs from the one written: it is damaged.")
     parameters = dict(handle.named_parameters())
     _check_names(path, tensors, parameters)
+    here = _origin(handle)
+    if origin not in ("", here):
+        raise HeaderError(
+            f"{path}: is of an adapter of {origin!r}, the one here is {here!r}. {_DO}"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"factor.{name}"])
@@ -98,15 +107,27 @@ def _check_names(
     odd = sorted(set(wanted) ^ set(found))
     if odd or "rng.cpu" not in tensors:
         name = odd[0] if odd else "rng.cpu"
-        raise HeaderError(f"{path}: tensor {name!r} does not fit the adapter that is trained here.")
+        raise HeaderError(
+            f"{path}: tensor {name!r} does not fit the adapter that is trained here. {_DO}"
+        )
     for name, tensor in found.items():
         if tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype:
             raise HeaderError(
                 f"{path}: tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, the adapter's "
-                f"is {wanted[name].dtype} {tuple(wanted[name].shape)}."
+                f"is {wanted[name].dtype} {tuple(wanted[name].shape)}. {_DO}"
             )
 
 
-def _digest(tensors: dict[str, Tensor], step: int) -> str:
+def _origin(handle: Handle) -> str:
+    """What factors of the same names and shapes must agree in besides: method, base, and anchor."""
+    about = handle.source().about
+    origin = about.provenance
+    prints = sorted(origin.fingerprints.items())
+    base = digest_texts(*(f"{path} {found.sha256}" for path, found in prints))
+    seed = f", seed {origin.seed}" if about.anchored else ""  # else the checkpoint holds it all
+    return f"method {origin.method}{seed}, base sha256 {base}"
+
+
+def _digest(tensors: dict[str, Tensor], step: int, origin: str) -> str:
     texts = [f"{name} {digest(tensor)}" for name, tensor in sorted(tensors.items())]
-    return digest_texts(str(step), *texts)
+    return digest_texts(str(step), *texts, *([origin] if origin else []))

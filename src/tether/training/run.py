@@ -12,6 +12,7 @@ from torch import nn
 
 from tether import formats, fs
 from tether.attach import attach
+from tether.config import LoraConfig
 from tether.drift import measure_drift
 from tether.errors import ConfigError, DataError
 from tether.export import save_as_lora
@@ -25,6 +26,7 @@ from tether.training.evaluate import Evaluation, evaluate
 from tether.training.inputs import load_all
 from tether.training.report import Reporter
 from tether.training.settings import Settings
+from tether.value import Adapter
 
 ADAPTER, CHECKPOINT, LORA = "adapter.safetensors", "checkpoint.safetensors", "lora"
 METRICS, RUN = log.METRICS, log.RUN
@@ -160,9 +162,10 @@ def resume(out: Path, changes: dict[str, Any], reporter: Reporter, *, verify: bo
         a run that goes on as if it had not been interrupted, bit for bit.
 
     Raises:
-        ConfigError: there is no run, or a setting differs.
+        ConfigError: there is no run, or a setting differs, also that of the adapter's file.
         DataError: the training text is not the same any more.
-        FormatError: a file is damaged.
+        BaseMismatchError: the base is another one.
+        FormatError: a file is damaged, or of another run. After any error no file has changed.
     """
     record = log.read_record(out)
     before = log.settings_of(out, record)
@@ -170,8 +173,10 @@ def resume(out: Path, changes: dict[str, Any], reporter: Reporter, *, verify: bo
     model, tokenizer, data, held_out = load_all(settings, reporter)
     _check_same(data, record["data_sha256"], settings.data)
     _check_same(held_out, record["held_out_sha256"], settings.eval_data or settings.data)
+    adapter = formats.load(out / ADAPTER)
+    _check_adapter(out / ADAPTER, adapter, settings.lora)
     with reporter.task("Checking the base"):
-        handle = attach(model, formats.load(out / ADAPTER), verify=verify)
+        handle = attach(model, adapter, verify=verify)
     optimizer = loop.make_optimizer(handle, settings)
     step = checkpoint.load(out / CHECKPOINT, handle, optimizer)
     log.cut_metrics(out, step)
@@ -246,6 +251,17 @@ def _check_same(sequences: Sequences, digest: str, path: str | None) -> None:
             f"{path or 'the training text'}: is not what the run began with. Restore it, or begin "
             "a new run in another --out."
         )
+
+
+def _check_adapter(path: Path, stored: Adapter, lora: LoraConfig) -> None:
+    """It is the run's own: one of another method and the same shapes would fit."""
+    for name, value in lora.to_dict().items():
+        found = stored.config.get(name, value)
+        if found != value:
+            raise ConfigError(
+                f"{path}: {name} is {found!r}, the run began with {value!r}. Put the run's own "
+                "adapter back, or begin a new run in another --out."
+            )
 
 
 # What may differ when a run goes on; everything else would rewrite its past.
