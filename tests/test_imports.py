@@ -13,6 +13,7 @@ import tether
 
 ORDER = (
     "errors",
+    "statistics",
     "linalg",
     "provenance",
     "layout",
