@@ -1,7 +1,7 @@
 """What `compare` measured, as values."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 from tether.compare.subspace import Overlap
@@ -99,10 +99,19 @@ class Comparison:
     @property
     def overlap(self) -> float | None:
         """Mean overlap of the sites, weighted by |Δa|²; None where no site has one."""
-        found = [(s.norm_a**2, s.overlap.mean) for s in self.sites.values() if s.overlap]
-        total = math.fsum(weight for weight, _ in found)
-        # Squares of tiny norms may vanish.
-        return math.fsum(w / total * mean for w, mean in found) if total > 0 else None
+        return self._weighted(lambda overlap: overlap.mean)
+
+    @property
+    def chance(self) -> float | None:
+        """What `overlap` would be for random directions."""
+        return self._weighted(lambda overlap: overlap.chance)
+
+    def _weighted(self, measure: Callable[[Overlap], float]) -> float | None:
+        found = [(s.norm_a / self.norm_a, s.overlap) for s in self.sites.values() if s.overlap]
+        total = math.fsum(share**2 for share, _ in found)
+        if total == 0:
+            return None
+        return math.fsum(share**2 / total * measure(overlap) for share, overlap in found)
 
     @property
     def least(self) -> float:
@@ -122,8 +131,8 @@ class Comparison:
         """The comparison as JSON values.
 
         Returns:
-            norm_a, norm_b, error, cosine and overlap of all sites; of each site and whole its
-            attributes; only_a, only_b, bytes_a, bytes_b. An infinite number is None.
+            norm_a, norm_b, error, cosine, overlap, chance and least of all sites; of each site and
+            whole its attributes; only_a, only_b, bytes_a, bytes_b. An infinite number is None.
         """
         return {
             "norm_a": self.norm_a,
@@ -131,6 +140,7 @@ class Comparison:
             "error": _finite(self.error),
             "cosine": self.cosine,
             "overlap": self.overlap,
+            "chance": self.chance,
             "least": self.least,
             "sites": {path: _json(site) for path, site in self.sites.items()},
             "wholes": {name: _json(whole) for name, whole in self.wholes.items()},

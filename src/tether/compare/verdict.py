@@ -18,9 +18,8 @@ def verdict(comparison: Comparison) -> str:
         comparison: of them.
 
     Returns:
-        "the same within float32 rounding: …", "the same up to bfloat16 rounding: …", the cost of a
-        smaller rank where the second is the best approximation of the first, or "different: …",
-        with the numbers.
+        "the same within float32 rounding: …", "the same up to bfloat16 rounding: …", "a reduction to 8
+        directions a site, as near as so few can be: …", or "different: …", with the numbers.
     """
     all_of = [*comparison.sites.values(), *comparison.wholes.values()]
     alone = len(comparison.only_a) + len(comparison.only_b)
@@ -33,10 +32,7 @@ def verdict(comparison: Comparison) -> str:
                 return f"the same {how} {form} rounding: {measured}"
         if _reduced(comparison):
             most = max(site.directions_b for site in comparison.sites.values())
-            return (
-                f"a reduction: the second is the best approximation of the first in {most} "
-                f"directions a site, which costs a {measured}"
-            )
+            return f"a reduction to {most} directions a site, as near as so few can be: {measured}"
     parts = [measured] if comparison.shared else []
     for which, names in (("first", comparison.only_a), ("second", comparison.only_b)):
         parts += [f"{len(names)} only in the {which}"] if names else []
