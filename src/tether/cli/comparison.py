@@ -79,9 +79,9 @@ def show(compared: Compared) -> None:
     if compared.behaviour is not None:
         out.print(_losses(compared.behaviour, list(compared.adapters)))
         for each in compared.behaviour.generations:
-            out.print(f"after {shown(repr(each.prompt))}:")
+            out.print(f"after {shown(repr(each.prompt))}:", soft_wrap=True)
             for letter, text in each.texts.items():
-                out.print(f"  {letter or 'base'}: {shown(repr(text))}")
+                out.print(f"  {letter or 'base'}: {shown(repr(text))}", soft_wrap=True)
     for letter, pair in compared.pairs.items():
         out.print(f"{letter} against A: {shown(verdict(pair))}", soft_wrap=True)
         for which, names in (("A", pair.only_a), (letter, pair.only_b)):
@@ -128,7 +128,7 @@ def _losses(found: Behaviour, letters: Sequence[str]) -> Table:
         row.append("–" if mean.error is None else f"{mean.error:.4f}")
         if letter != "A":
             apart, near = found.scores.difference(letter, "A"), found.agreements[letter]
-            row += [f"{apart.value:+.6f}", interval(apart.low, apart.high)]
+            row += [f"{apart.value:+.3g}", interval(apart.low, apart.high)]
             row += [f"{near.largest:.3g}", f"{near.divergence:.3g}", f"{near.same:.2%}"]
         table.add_row(*row)
     return table

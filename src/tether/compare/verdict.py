@@ -18,8 +18,8 @@ def verdict(comparison: Comparison) -> str:
         comparison: of them.
 
     Returns:
-        "the same within float32 rounding: …", "the same up to bfloat16 rounding: …", "a reduction to 8
-        directions a site, as near as so few can be: …", or "different: …", with the numbers.
+        "the same within float32 rounding: …", "the same up to bfloat16 rounding: …", "a reduction
+        to 8 directions a site, as near as so few can be: …" or "different: …", with the numbers.
     """
     all_of = [*comparison.sites.values(), *comparison.wholes.values()]
     alone = len(comparison.only_a) + len(comparison.only_b)

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tether import fs
-from tether.compare import Comparison, SiteDifference, verdict
+from tether.compare import ROUNDING, Comparison, SiteDifference, verdict
 from tether.report import figures
 from tether.report.compared import Compared
 from tether.report.page import Cell, Facts, Page, Part, Section, Table, Text, render
@@ -120,7 +120,7 @@ def _alone(values: Compared) -> list[Part]:
 
 
 def _maps(values: Compared) -> list[Part]:
-    """One map of relative errors for each pair, where any is above nothing."""
+    """One map of relative errors for each pair, where there is more to see than rounding."""
     parts: list[Part] = []
     for letter, pair in values.pairs.items():
         cells = [
@@ -129,6 +129,9 @@ def _maps(values: Compared) -> list[Part]:
         ]
         if all(cell.value is None for cell in cells):
             parts.append(Text(f"{values.label(letter)} shares no changed site with A."))
+            continue
+        if all(site.error <= ROUNDING["float32"] for site in pair.sites.values()):
+            parts.append(Text(f"{values.label(letter)} is A at every site, but for rounding."))
             continue
         parts.append(
             figures.heatmap(
@@ -146,7 +149,8 @@ def _maps(values: Compared) -> list[Part]:
 
 def _costs(values: Compared) -> list[Part]:
     labels = {letter: values.label(letter) for letter in values.adapters}
-    curves = {labels[letter]: about.energy for letter, about in values.adapters.items()}
+    # The letters alone: a legend has no room for more.
+    curves = {letter: about.energy for letter, about in values.adapters.items()}
     forms = list(next(iter(values.adapters.values())).losses)
     series = {
         form: [100 * _held(about.losses[form].error) for about in values.adapters.values()]
@@ -182,7 +186,7 @@ def _on_base(values: Compared) -> list[Part]:
         apart = scores.difference(letter, "A")
         near = values.behaviour.agreements[letter]
         row += [
-            Cell(f"{apart.value:+.6f}", apart.value),
+            Cell(f"{apart.value:+.3g}", apart.value),
             Cell(interval(apart.low, apart.high), apart.low),
             Cell.number(near.largest, ".3g"),
             Cell.number(near.divergence, ".3g"),
@@ -281,7 +285,7 @@ def interval(low: float | None, high: float | None) -> str:
     Returns:
         both, with their signs.
     """
-    return "–" if low is None or high is None else f"{low:+.6f} … {high:+.6f}"
+    return "–" if low is None or high is None else f"{low:+.3g} … {high:+.3g}"
 
 
 def _layer(path: str) -> str:
