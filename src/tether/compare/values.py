@@ -17,8 +17,8 @@ class Difference:
         norm_b: |Δb|_F.
         error: |Δa − Δb|_F / |Δa|_F; 0 if both are zero, inf if only Δa is.
         cosine: <Δa, Δb> / (|Δa|·|Δb|), in [−1, 1]; None where one of them is zero.
-        rounding: |Δa − Δb|_F beside the norm of what is stored, which rounding is relative to: the
-            error, but for a parameter that a file holds as its value, not as what it moved by.
+        rounding: what rounding is measured by: of a site the error; of a parameter trained whole
+            |Δa − Δb|_F beside the larger norm of what is stored, its value or what it moved by.
     """
 
     norm_a: float

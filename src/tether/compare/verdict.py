@@ -44,6 +44,9 @@ def _reduced(comparison: Comparison) -> bool:
     if not _rounded(comparison.wholes.values()):
         return False
     sites = comparison.sites.values()
+    # All of a change left out is no approximation of it.
+    if any(site.directions_a > 0 and site.directions_b == 0 for site in sites):
+        return False
     return any(site.least > ROUNDING["bfloat16"] for site in sites) and all(
         site.error <= math.hypot(site.least, ROUNDING["bfloat16"]) * (1 + _MARGIN) for site in sites
     )
