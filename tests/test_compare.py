@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tether import algebra
-from tether.compare import ROUNDING, check_bases, compare, verdict
+from tether.compare import ROUNDING, check_bases, compare
 from tether.errors import BaseMismatchError, NonFiniteError, ShapeMismatchError
 from tether.layout import Layout
 from tether.provenance import Fingerprint, Provenance
@@ -191,6 +191,7 @@ def test_it_prints_and_becomes_json():
     found = compare(a, b)
     values = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert values["error"] == found.error
+    assert values["verdict"] == found.verdict
     assert values["sites"]["v"]["cosine"] == found.sites["v"].cosine
     zero = values["sites"]["zero"]
     assert zero == {
@@ -299,8 +300,8 @@ def test_another_precision_is_called_so(dtype, words):
     a = {"u": layer(1), "v": layer(2, size=1.0)}
     b = {path: plain(one, dtype) for path, one in a.items()}
     found = compare(adapter(a), adapter(b))
-    assert verdict(found).startswith(words)
-    assert f"({found.worst})" in verdict(found)
+    assert found.verdict.startswith(words)
+    assert f"({found.worst})" in found.verdict
 
 
 def test_one_site_apart_is_seen_among_equal_ones():
@@ -308,31 +309,31 @@ def test_one_site_apart_is_seen_among_equal_ones():
     b = {"u": layer(1, size=1e3), "v": layer(3, size=1e-3)}
     found = compare(adapter(a), adapter(b))
     assert found.error < ROUNDING["float32"]
-    assert verdict(found).startswith("different: relative error ")
-    assert "(v)" in verdict(found)
+    assert found.verdict.startswith("different: relative error ")
+    assert "(v)" in found.verdict
 
 
 def test_the_nearest_change_of_a_smaller_rank_is_called_a_reduction():
     a = {"u": layer(1), "v": layer(2, size=1.0)}
     found = compare(adapter(a), adapter({path: plain(one, rank=2) for path, one in a.items()}))
     assert found.least == pytest.approx(found.error, rel=1e-5)
-    assert verdict(found).startswith("a reduction to 2 directions a site, as near as so few can")
+    assert found.verdict.startswith("a reduction to 2 directions a site, as near as so few can")
     # Of the same rank, but not the nearest.
     other = {path: layer(7, rank=2, anchored=False, size=1e-2) for path in a}
-    assert verdict(compare(adapter(a), adapter(other))).startswith("different: ")
+    assert compare(adapter(a), adapter(other)).verdict.startswith("different: ")
     # And the other way round it is no reduction.
     back = compare(adapter({path: plain(one, rank=2) for path, one in a.items()}), adapter(a))
     assert back.least == 0
-    assert verdict(back).startswith("different: ")
+    assert back.verdict.startswith("different: ")
 
 
 def test_what_only_one_has_makes_them_different():
     a, b = {"u": layer(1), "v": layer(2)}, {"u": layer(1)}
-    assert "; 1 only in the first" in verdict(compare(adapter(a), adapter(b)))
-    assert "; 1 only in the second" in verdict(compare(adapter(b), adapter(a)))
+    assert "; 1 only in the first" in compare(adapter(a), adapter(b)).verdict
+    assert "; 1 only in the second" in compare(adapter(b), adapter(a)).verdict
     bias = adapter(b, biases={"u": Trained(torch.ones(OUT), None)})
-    assert "; 1 only in the second" in verdict(compare(adapter(b), bias))
-    none = verdict(compare(adapter({"x": layer(1)}), adapter({"y": layer(1)})))
+    assert "; 1 only in the second" in compare(adapter(b), bias).verdict
+    none = compare(adapter({"x": layer(1)}), adapter({"y": layer(1)})).verdict
     assert none == "different: 1 only in the first; 1 only in the second"
 
 
@@ -344,11 +345,11 @@ def test_a_parameter_held_as_its_value_is_the_same_where_only_its_last_bits_diff
     # Of the displacement the rounding of the value is much; of the value it is nothing.
     assert found.wholes["w.bias"].error > 1e-5
     assert found.wholes["w.bias"].rounding < 1e-7
-    assert verdict(found).startswith("the same within float32 rounding")
+    assert found.verdict.startswith("the same within float32 rounding")
     # Two displacements are compared as such, beside the larger.
     c = adapter({"w": layer(1)}, biases={"w": Trained(2 * up, base)})
     assert compare(a, c).wholes["w.bias"].rounding == pytest.approx(0.5)
-    assert verdict(compare(a, c)).startswith("different: ")
+    assert compare(a, c).verdict.startswith("different: ")
 
 
 def printed(digit):

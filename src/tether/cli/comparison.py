@@ -9,7 +9,6 @@ from typing import Any
 from rich.table import Column, Table
 
 from tether.cli.console import out, shown
-from tether.compare import verdict
 from tether.report.compare import interval
 from tether.report.compared import Compared
 from tether.training.behaviour import Behaviour
@@ -34,10 +33,7 @@ def to_json(compared: Compared, paths: Sequence[Path]) -> dict[str, Any]:
             for form, loss in one.losses.items()
         }
         about[letter] = {"path": str(path), **asdict(one), "losses": losses}
-    pairs = {
-        letter: {"verdict": verdict(pair), **pair.to_dict()}
-        for letter, pair in compared.pairs.items()
-    }
+    pairs = {letter: pair.to_dict() for letter, pair in compared.pairs.items()}
     found = compared.behaviour
     return {
         "adapters": about,
@@ -83,7 +79,7 @@ def show(compared: Compared) -> None:
             for letter, text in each.texts.items():
                 out.print(f"  {letter or 'base'}: {shown(repr(text))}", soft_wrap=True)
     for letter, pair in compared.pairs.items():
-        out.print(f"{letter} against A: {shown(verdict(pair))}", soft_wrap=True)
+        out.print(f"{letter} against A: {shown(pair.verdict)}", soft_wrap=True)
         for which, names in (("A", pair.only_a), (letter, pair.only_b)):
             if names:
                 rest = len(names) - _NAMED

@@ -4,7 +4,7 @@ from tether.compare.bases import check_bases
 from tether.compare.measure import compare
 from tether.compare.subspace import Overlap
 from tether.compare.values import Comparison, Difference, SiteDifference
-from tether.compare.verdict import ROUNDING, verdict
+from tether.compare.verdict import ROUNDING
 
 __all__ = [
     "ROUNDING",
@@ -14,5 +14,4 @@ __all__ = [
     "SiteDifference",
     "check_bases",
     "compare",
-    "verdict",
 ]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
+from tether.compare import verdict as words
 from tether.compare.subspace import Overlap
 from tether.value import Json
 
@@ -127,14 +128,25 @@ class Comparison:
         shares = ((s.cosine or 0.0) * (s.norm_a / a) * (s.norm_b / b) for s in self.sites.values())
         return max(-1.0, min(1.0, math.fsum(shares)))
 
+    @property
+    def verdict(self) -> str:
+        """What the two are to each other, with the numbers.
+
+        "the same within float32 rounding: …", "the same up to bfloat16 rounding: …", "a reduction
+        to 8 directions a site, as near as so few can be: …" or "different: …".
+        """
+        return words.verdict(self)
+
     def to_dict(self) -> dict[str, Json]:
         """The comparison as JSON values.
 
         Returns:
-            norm_a, norm_b, error, cosine, overlap, chance and least of all sites; of each site and
-            whole its attributes; only_a, only_b, bytes_a, bytes_b. An infinite number is None.
+            verdict; norm_a, norm_b, error, cosine, overlap, chance and least of all sites; of each
+            site and whole its attributes; only_a, only_b, bytes_a, bytes_b. An infinite number is
+            None.
         """
         return {
+            "verdict": self.verdict,
             "norm_a": self.norm_a,
             "norm_b": self.norm_b,
             "error": _finite(self.error),

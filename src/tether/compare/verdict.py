@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-from tether.compare.values import Comparison, Difference
+if TYPE_CHECKING:
+    from tether.compare.values import Comparison, Difference
 
 # Largest relative error of any site, or parameter trained whole, that rounding explains: twice
 # that of one value, for two factors; in float32 more, for the sums on the way.
@@ -11,7 +13,7 @@ ROUNDING = {"float32": 1e-6, "float16": 2**-10, "bfloat16": 2**-8}
 _MARGIN = 1e-2  # relative, of an error that is said to be the smallest possible
 
 
-def verdict(comparison: Comparison) -> str:
+def verdict(comparison: "Comparison") -> str:
     """Say what two adapters are to each other.
 
     Args:
@@ -39,7 +41,7 @@ def verdict(comparison: Comparison) -> str:
     return "different: " + "; ".join(parts)
 
 
-def _reduced(comparison: Comparison) -> bool:
+def _reduced(comparison: "Comparison") -> bool:
     """Whether no change of so few directions would be nearer, at any site."""
     if not _rounded(comparison.wholes.values()):
         return False
@@ -52,11 +54,11 @@ def _reduced(comparison: Comparison) -> bool:
     )
 
 
-def _rounded(differences: Iterable[Difference]) -> bool:
+def _rounded(differences: "Iterable[Difference]") -> bool:
     return all(each.rounding <= ROUNDING["bfloat16"] for each in differences)
 
 
-def _measured(comparison: Comparison) -> str:
+def _measured(comparison: "Comparison") -> str:
     sites, path = comparison.sites, comparison.worst
     text = f"relative error {_shown(comparison.error)}"
     if len(sites) > 1:

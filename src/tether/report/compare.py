@@ -5,7 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tether import fs
-from tether.compare import ROUNDING, Comparison, SiteDifference, verdict
+from tether.compare import ROUNDING, Comparison, SiteDifference
 from tether.report import figures
 from tether.report.compared import Compared
 from tether.report.page import Cell, Facts, Page, Part, Section, Table, Text, render
@@ -44,7 +44,7 @@ def page_of(values: Compared) -> Page:
     return Page(
         title=f"{', '.join(names[:-1])} and {names[-1]}",
         summary=tuple(
-            f"{values.label(letter)} against A: {verdict(pair)}."
+            f"{values.label(letter)} against A: {pair.verdict}."
             for letter, pair in values.pairs.items()
         ),
         sections=(
