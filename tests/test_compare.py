@@ -331,6 +331,9 @@ def test_what_only_one_has_makes_them_different():
     a, b = {"u": layer(1), "v": layer(2)}, {"u": layer(1)}
     assert "; 1 only in the first" in compare(adapter(a), adapter(b)).verdict
     assert "; 1 only in the second" in compare(adapter(b), adapter(a)).verdict
+    # Also where that site is still at its start.
+    still = {"u": layer(1), "v": layer(2, size=0.0)}
+    assert "; 1 only in the first" in compare(adapter(still), adapter(b)).verdict
     bias = adapter(b, biases={"u": Trained(torch.ones(OUT), None)})
     assert "; 1 only in the second" in compare(adapter(b), bias).verdict
     none = compare(adapter({"x": layer(1)}), adapter({"y": layer(1)})).verdict

@@ -229,7 +229,9 @@ def test_other_models_and_damaged_files_are_refused_by_name(runs, tmp_path):
 def test_without_the_extra_only_the_page_is_missing(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(drawing, "find_spec", lambda name: None)
     pair = (runs / "a.safetensors", runs / "lora")
-    result = invoke("compare", *pair, "--out", tmp_path / "page.html")
+    # Said at once, not after the work: the base that is not there is not looked for.
+    options = ("--base", tmp_path / "none", "--out", tmp_path / "page.html")
+    result = invoke("compare", *pair, *options)
     assert result.exit_code == 2
     assert "MissingExtraError" in result.stderr
     assert "pip install '.[report]'" in result.stderr
