@@ -10,6 +10,7 @@ from tether.cli import (
     anchors,
     cache,
     combine,
+    compare,
     convert,
     evaluate,
     inspect,
@@ -26,7 +27,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for _command in (train, anchors, evaluate, convert, combine, merge, residual, inspect, report):
+for _command in (
+    train,
+    anchors,
+    evaluate,
+    convert,
+    combine,
+    compare,
+    merge,
+    residual,
+    inspect,
+    report,
+):
     app.command(_command.NAME)(_command.command)
 app.add_typer(cache.app, name=cache.NAME)
 

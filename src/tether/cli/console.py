@@ -111,6 +111,18 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, indent=2, allow_nan=False, default=str))
 
 
+def shown(value: object) -> str:
+    """As text on one line: what a file says must not steer the terminal.
+
+    Args:
+        value: from a file.
+
+    Returns:
+        its text, with escapes for what cannot be printed.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
+
+
 def use_all_cores() -> None:
     """Let torch use the cores this process may run on, where the user has not said otherwise."""
     if "OMP_NUM_THREADS" not in os.environ:

@@ -16,6 +16,7 @@ from tether.cli.console import (
     guarded,
     out,
     print_json,
+    shown,
     use_all_cores,
 )
 from tether.provenance import Provenance
@@ -137,23 +138,18 @@ def _summary(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "from the original weights", f"{gap['smallest']:.3g} to {gap['largest']:.3g} of |W|"
 
 
-def _shown(value: object) -> str:
-    """As text on one line: what a file says must not steer the terminal."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(value))
-
-
 def _print(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
     about = Table("", "", show_header=False)
     for name in ("path", "form", "sites"):
-        about.add_row(name, _shown(facts[name]))
+        about.add_row(name, shown(facts[name]))
     about.add_row("size", f"{facts['bytes'] / 1e6:.2f} MB")
     about.add_row("trained parameters", f"{facts['trained_parameters']:,}")
     for name, value in facts["provenance"].items():
-        about.add_row(name.replace("_", " "), "unknown" if value is None else _shown(value))
+        about.add_row(name.replace("_", " "), "unknown" if value is None else shown(value))
     for name, value in _summary(facts):
         about.add_row(name, value)
     for name, value in facts["config"].items():
-        about.add_row(_shown(f"config: {name}"), _shown(value))
+        about.add_row(shown(f"config: {name}"), shown(value))
     out.print(about)
     site_column = Column("site", overflow="fold")
     table = Table(
@@ -162,7 +158,7 @@ def _print(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
     for site, row in rows.items():
         relative, energy = row["relative"], row["anchor_energy"]
         table.add_row(
-            _shown(site),
+            shown(site),
             "×".join(map(str, row["shape"])),
             str(row["rank"]),
             f"{row['norm']:.4g}",
@@ -174,7 +170,7 @@ def _print(facts: dict[str, Any], rows: dict[str, dict[str, Any]]) -> None:
     for site, row in rows.items():
         reason = row["certificate"]["fallback"] if row["certificate"] is not None else ""
         if reason:
-            out.print(f"{_shown(site)}: its anchor was found the slow way: {reason}")
+            out.print(f"{shown(site)}: its anchor was found the slow way: {reason}")
 
 
 def _anchor_error(certificate: dict[str, Any] | None) -> str:

@@ -158,7 +158,7 @@ def _measure(path: str, layer: LayerAdapter, weight: float | None) -> SiteStats:
     return SiteStats(
         path=path,
         layer=layer_index(path),
-        kind=_kind(path),
+        kind=kind_of(path),
         shape=(layer.layout.out_features, layer.layout.in_features),
         rank=layer.rank,
         norm=float(values.norm()),
@@ -170,8 +170,15 @@ def _measure(path: str, layer: LayerAdapter, weight: float | None) -> SiteStats:
     )
 
 
-def _kind(path: str) -> str:
-    """What sites of different layers have in common: the path after the layer's index."""
+def kind_of(path: str) -> str:
+    """What sites of different layers have in common.
+
+    Args:
+        path: of a site.
+
+    Returns:
+        the path after the layer's index, or the whole path.
+    """
     parts = path.split(".")
     index = next((place for place, part in enumerate(parts) if part.isdigit()), -1)
     return ".".join(parts[index + 1 :]) or path

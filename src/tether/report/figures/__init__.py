@@ -6,6 +6,7 @@ A new picture is a function in a file of its own that draws on a `Drawing` and r
 from tether.report.figures.bars import bars
 from tether.report.figures.curves import curves
 from tether.report.figures.drawing import Data, Figure, missing_library
+from tether.report.figures.energies import energies
 from tether.report.figures.energy import energy_by_rank
 from tether.report.figures.heatmap import Cell, heatmap, site_heatmap
 from tether.report.figures.intruders import intruders
@@ -18,6 +19,7 @@ __all__ = [
     "Figure",
     "bars",
     "curves",
+    "energies",
     "energy_by_rank",
     "heatmap",
     "intruders",
