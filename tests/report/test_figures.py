@@ -1,6 +1,7 @@
 """Pictures: what is drawn has the values, as hover texts, and as data."""
 
 import json
+import re
 import warnings
 from itertools import pairwise
 
@@ -53,6 +54,17 @@ def test_a_logarithmic_curve_leaves_out_zeros():
     text = " ".join(page_with(figure).words(e) for e in page_with(figure).svg("text"))
     assert "10⁻⁵" in text
     assert "$" not in text
+
+
+def test_there_are_no_half_steps_and_the_highest_dot_has_room():
+    flat = [(1, 2.0), (2, 2.0), (3, 1.99)]
+    page = page_with(figures.curves("x", "X", "How.", {"a": flat}, zero=True))
+    words = [page.words(e) for e in page.svg("text")]
+    assert words[: words.index("step")] == ["1", "2", "3"]
+    paths = [[float(n) for n in re.findall(r"[\d.]+", p.get("d"))] for p in page.svg("path")]
+    frame = next(path for path in paths if len(path) >= 6 and path[0] > 20)  # of the axes
+    curve = next(path for path in paths if len(path) == 6 and path[1] == path[3])
+    assert min(curve[1::2]) > min(frame[1::2]) + 5
 
 
 def test_bars_have_their_values_and_lengths():

@@ -43,8 +43,7 @@ def curves(
         axes = drawing.axes
         if log:
             drawing.log_scale("y")
-        if zero:
-            axes.set_ylim(bottom=0)
+        _scale(drawing, [point for points in series.values() for point in points], zero)
         axes.set_xlabel(across)
         axes.set_ylabel(unit.strip())
         axes.grid(axis="y")
@@ -60,6 +59,14 @@ def curves(
         svg=picture,
         data=Data(("series", across, "value"), tuple(rows)),
     )
+
+
+def _scale(drawing: Drawing, points: Sequence[tuple[float, float]], zero: bool) -> None:
+    """No half steps below the axis, and room for the highest dot."""
+    if all(float(x).is_integer() for x, _ in points):
+        drawing.axes.xaxis.get_major_locator().set_params(integer=True)
+    if zero:
+        drawing.axes.set_ylim(0, 1.05 * max((y for _, y in points), default=0) or 1)
 
 
 def _draw(
