@@ -12,9 +12,8 @@ from torch import nn
 
 from tether import formats, fs
 from tether.attach import attach
-from tether.config import LoraConfig
 from tether.drift import measure_drift
-from tether.errors import ConfigError, DataError, DistributedError
+from tether.errors import ConfigError, DistributedError
 from tether.export import save_as_lora
 from tether.formats import peft_names
 from tether.handle import Handle
@@ -26,8 +25,8 @@ from tether.training.data import Sequences
 from tether.training.evaluate import Evaluation, evaluate
 from tether.training.inputs import load_all
 from tether.training.report import Reporter
+from tether.training.resuming import PATHS, absolute, changed, check_adapter, check_same
 from tether.training.settings import Settings
-from tether.value import Adapter
 
 ADAPTER, CHECKPOINT, LORA = "adapter.safetensors", "checkpoint.safetensors", "lora"
 METRICS, RUN = log.METRICS, log.RUN
@@ -132,7 +131,7 @@ def prepare(
             "replace it (--overwrite)."
         )
     fs.check_replaceable(out / LORA, peft_names.FILES)
-    settings = replace(settings, **_absolute({n: getattr(settings, n) for n in _PATHS}))
+    settings = replace(settings, **absolute({n: getattr(settings, n) for n in PATHS}))
     model, tokenizer, data, held_out = load_all(settings, reporter)
     with reporter.task("Finding the anchors") as task:
         adapter = init(model, settings.lora, cache=cache, progress=task)
@@ -174,12 +173,12 @@ def resume(out: Path, changes: dict[str, Any], reporter: Reporter, *, verify: bo
     _check_alone()
     record = log.read_record(out)
     before = log.settings_of(out, record)
-    settings = _changed(before, _absolute(changes))
+    settings = changed(before, absolute(changes))
     model, tokenizer, data, held_out = load_all(settings, reporter)
-    _check_same(data, record["data_sha256"], settings.data)
-    _check_same(held_out, record["held_out_sha256"], settings.eval_data or settings.data)
+    check_same(data, record["data_sha256"], settings.data)
+    check_same(held_out, record["held_out_sha256"], settings.eval_data or settings.data)
     adapter = formats.load(out / ADAPTER)
-    _check_adapter(out / ADAPTER, adapter, settings.lora)
+    check_adapter(out / ADAPTER, adapter, settings.lora)
     with reporter.task("Checking the base"):
         handle = attach(model, adapter, verify=verify)
     optimizer = loop.make_optimizer(handle, settings)
@@ -248,55 +247,6 @@ def execute(run: Run, stop: Callable[[], bool] = lambda: False) -> None:
     with run.reporter.task("Writing the plain LoRA"):
         save_as_lora(run.handle, run.out / LORA)
     run.describe("interrupted" if run.stopped else "finished")
-
-
-def _check_same(sequences: Sequences, digest: str, path: str | None) -> None:
-    if sequences.digest() != digest:
-        raise DataError(
-            f"{path or 'the training text'}: is not what the run began with. Restore it, or begin "
-            "a new run in another --out."
-        )
-
-
-def _check_adapter(path: Path, stored: Adapter, lora: LoraConfig) -> None:
-    """It is the run's own: one of another method and the same shapes would fit."""
-    for name, value in lora.to_dict().items():
-        found = stored.config.get(name, value)
-        if found != value:
-            raise ConfigError(
-                f"{path}: {name} is {found!r}, the run began with {value!r}. Put the run's own "
-                "adapter back, or begin a new run in another --out."
-            )
-
-
-# What may differ when a run goes on; everything else would rewrite its past.
-_FREE = ("steps", "epochs", "save_every", "eval_every", "eval_limit", "device")
-
-
-_PATHS = ("model", "data", "eval_data")
-
-
-def _absolute(values: dict[str, Any]) -> dict[str, Any]:
-    """Paths that hold wherever a run is resumed from; hub ids and missing files as they are."""
-    paths = {n: v for n, v in values.items() if n in _PATHS and v is not None and Path(v).exists()}
-    return values | {name: str(Path(value).resolve()) for name, value in paths.items()}
-
-
-def _changed(settings: Settings, changes: dict[str, Any]) -> Settings:
-    for name, value in changes.items():
-        field = name.removeprefix("lora.")
-        if field != name:
-            # By way of the whole configuration: "pissa" and PiSSA() are the same.
-            lora = replace(settings.lora, **{field: value})
-            before, value = settings.lora.to_dict()[field], lora.to_dict()[field]
-        else:
-            before = getattr(settings, name)
-        if name not in _FREE and value != before:
-            raise ConfigError(
-                f"{name}: the run began with {before!r}; {value!r} would make it another run. "
-                "Leave it out, or begin a new run in another --out."
-            )
-    return replace(settings, **{name: changes[name] for name in changes if name in _FREE})
 
 
 def _due(every: int, number: int, total: int) -> bool:
