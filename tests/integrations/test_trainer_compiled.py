@@ -13,7 +13,14 @@ from tether.integrations.transformers import ADAPTER_FILE, ExportLora, last_adap
 from .trainer_runs import equal, losses, make_trainer
 
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
-FILES = {"adapter.safetensors", "lora", "optimizer.pt", "rng_state.pth", "scheduler.pt"}
+FILES = {
+    "adapter.safetensors",
+    "lora",
+    "optimizer.pt",
+    "ranks.json",
+    "rng_state.pth",
+    "scheduler.pt",
+}
 
 
 @pytest.fixture(autouse=True)
